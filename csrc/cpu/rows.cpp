@@ -1,0 +1,403 @@
+// Row kernels, compiled once per instruction set with LL_COPY as the copy's name (setup.py).
+//
+//   s = outer * phi(inner * (z + bias)), m = max_j s_j, log q_j = (s_j - m) - log_sum; t, m_t, log p from the teacher
+//
+//   statistics   sums of e^(s_j - m) times 1, (s_j - m), ...    one reading of z (and the teacher's z)
+//   generic      sum_j q_j f_j, sum_j q_j g_j                   one reading
+//   gradient     ds/dz times a combination of q, p, ...         one reading and one writing
+//
+// Memory traffic is 4 bytes per element read and as many written, and that is what the kernels are bound by: arithmetic
+// is an exponential per element and side (about 15 operations; 4 times that for a generic divergence) on whole vectors.
+// The factors of memory latency that hardware prefetching leaves (it ends at each 4 KB page) are hidden by prefetching
+// a block ahead.
+//
+// Accuracy: differences to the maximum first, exponentials of those; sums in float within a block, in double across
+// blocks. Nothing that the linker could share with another copy may be used here (see number.h), so no std:: templates.
+
+#include "rows.h"
+
+#include "../math/divergences.h"
+#include "simd.h"
+
+namespace logitless {
+namespace {
+
+constexpr float infinity = __builtin_inff();
+constexpr int width = Vector::size;
+constexpr int block = 512;   // floats: a handful of such buffers stay in the first-level cache
+constexpr int ahead = 1024;  // floats: the distance of prefetches
+
+LL_FUNCTION void prefetch(const float* from) { __builtin_prefetch(from + ahead); }
+
+LL_FUNCTION float finite(float maximum) { return maximum == -infinity ? 0.0f : maximum; }
+
+// Denormals count as zero while this lives: products of small probabilities would be slow otherwise (elementary.h).
+class FlushDenormals {
+#if defined(__SSE__)
+    const unsigned saved = _mm_getcsr();
+
+public:
+    FlushDenormals() { _mm_setcsr(saved | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(saved); }
+#else
+public:
+    FlushDenormals() {}
+#endif
+};
+
+// How a vector at a column is read and written: all of it, or its first columns at the end of a row.
+struct Whole {
+    LL_FUNCTION Vector load(const float* from) const { return Vector::load(from); }
+    LL_FUNCTION void store(Vector v, float* to) const { v.store(to); }
+    LL_FUNCTION Vector only(Vector v) const { return v; }
+};
+
+struct Part {
+    int count;
+
+    LL_FUNCTION Vector load(const float* from) const {
+        float lanes[width] = {};
+        std::memcpy(lanes, from, count * sizeof(float));
+        return Vector::load(lanes);
+    }
+    LL_FUNCTION void store(Vector v, float* to) const {
+        float lanes[width];
+        v.store(lanes);
+        std::memcpy(to, lanes, count * sizeof(float));
+    }
+    LL_FUNCTION Vector only(Vector v) const {  // 0 in the other lanes
+        float lanes[width] = {};
+        store(v, lanes);
+        return Vector::load(lanes);
+    }
+};
+
+// body(column, access) for every vector of [begin, end).
+template <class Body>
+LL_FUNCTION void sweep(std::int64_t begin, std::int64_t end, const Body& body) {
+    std::int64_t j = begin;
+    for (; j + width <= end; j += width) body(j, Whole{});
+    if (j < end) body(j, Part{static_cast<int>(end - j)});
+}
+
+// One row of a chunk.
+struct Row {
+    const float* z;
+    const float* bias;
+    float outer, inner;
+    bool capped;
+
+    LL_FUNCTION Row(const Chunk& chunk, std::int64_t row)
+        : z(chunk.z + row * chunk.stride), bias(chunk.bias), outer(chunk.outer[row]), inner(chunk.inner),
+          capped(chunk.capped) {}
+
+    struct Scaled {
+        Vector s, slope;  // slope = ds/dz
+    };
+
+    template <class Access>
+    LL_FUNCTION Scaled scaled(Access access, std::int64_t j) const {
+        Vector x = access.load(z + j);
+        if (bias) x = x + access.load(bias + j);
+        if (!capped) return {Vector(outer) * x, Vector(outer)};
+        const Vector y = tanh(Vector(inner) * x);
+        return {Vector(outer) * y, Vector(outer * inner) * fma(-y, y, Vector(1.0f))};
+    }
+};
+
+// Its softmax, given the normalizers.
+struct Distribution : Row {
+    float max, log_sum;
+
+    LL_FUNCTION Distribution(const Chunk& chunk, const float* max, const float* log_sum, std::int64_t row)
+        : Row(chunk, row), max(finite(max[row])), log_sum(log_sum[row]) {}
+
+    LL_FUNCTION Vector log_probability(Vector s) const { return (s - Vector(max)) - Vector(log_sum); }
+};
+
+// A running sum of block sums: lanes in double, added up at the end of the row.
+struct Sum {
+    double lanes[width] = {};
+
+    LL_FUNCTION void add(Vector v) {
+        float values[width];
+        v.store(values);
+        for (int i = 0; i < width; ++i) lanes[i] += values[i];
+    }
+    // factor * (this + shift * other); a factor of 0 gives 0
+    void rescale(double factor, double shift, const Sum& other) {
+        for (int i = 0; i < width; ++i) lanes[i] = factor == 0 ? 0 : factor * (lanes[i] + shift * other.lanes[i]);
+    }
+    double total() const {
+        double sum = 0;
+        for (double lane : lanes) sum += lane;
+        return sum;
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------- statistics
+
+// Blocks are padded to whole groups of vectors, each with a sum of its own: additions to one would wait for each other.
+constexpr int group = 4;
+
+LL_FUNCTION int padded(int count) { return (count + group * width - 1) / (group * width) * (group * width); }
+
+// The sum of term(column) over a padded block, lane by lane.
+template <class Term>
+LL_FUNCTION Vector sum_of(int count, const Term& term) {
+    Vector sums[group] = {Vector(0.0f), Vector(0.0f), Vector(0.0f), Vector(0.0f)};
+    for (int j = 0; j < count; j += group * width)
+        for (int k = 0; k < group; ++k) sums[k] = sums[k] + term(j + k * width);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The running maximum of one side, and its block: scaled logits, then their differences to the maximum.
+struct Side {
+    alignas(64) float shifted[block];
+    alignas(64) float e[block];  // exponentials of those
+    float max = -infinity;
+    Sum sum;
+
+    LL_FUNCTION void load(const Row& row, std::int64_t begin, int count) {
+        sweep(0, count, [&](std::int64_t j, auto access) { row.scaled(access, begin + j).s.store(shifted + j); });
+        for (int j = count; j < padded(count); ++j) shifted[j] = -infinity;
+    }
+
+    LL_FUNCTION float block_max(int count) const {
+        Vector found[group] = {Vector(-infinity), Vector(-infinity), Vector(-infinity), Vector(-infinity)};
+        for (int j = 0; j < padded(count); j += group * width)
+            for (int k = 0; k < group; ++k) found[k] = logitless::max(Vector::load(shifted + j + k * width), found[k]);
+        return largest(logitless::max(logitless::max(found[0], found[1]), logitless::max(found[2], found[3])));
+    }
+
+    LL_FUNCTION void exponentiate(int count, const float* z) {
+        const Vector origin(finite(max));
+        sum.add(sum_of(padded(count), [&](int j) {
+            prefetch(z + j);
+            const Vector x = Vector::load(shifted + j) - origin;
+            const Vector y = exp(x);
+            x.store(shifted + j);
+            y.store(e + j);
+            return y;
+        }));
+    }
+
+    // max drops a NaN; the sum has kept it.
+    LL_FUNCTION double final_max() const {
+        const double total = sum.total();
+        return total == total ? max : total;
+    }
+};
+
+LL_FUNCTION void put(double* to, std::int64_t row, double value) {
+    if (to) to[row] = value;
+}
+
+void statistics_row(const Statistics& call, std::int64_t row) {
+    const Row student(call.chunks.student, row);
+    const bool paired = call.chunks.teacher.z != nullptr;
+    const Row teacher(paired ? call.chunks.teacher : call.chunks.student, row);
+    const std::int64_t columns = call.chunks.columns, target = call.targets ? call.targets[row] : -1;
+
+    Side s, t;
+    Sum first, square, weighted, weight_sum, forward, reverse;
+    double target_logit = 0;
+    std::int64_t max_block = 0;
+    alignas(64) float room[block];
+
+    const auto raise_student = [&](float largest) {
+        const double shift = static_cast<double>(finite(s.max)) - finite(largest);
+        const double factor = s.max == -infinity ? 1 : __builtin_exp(shift);
+        first.rescale(factor, shift, s.sum);
+        square.rescale(factor * factor, 0, square);
+        weighted.rescale(1, shift, weight_sum);
+        forward.rescale(1, -shift, t.sum);
+        reverse.rescale(factor, -shift, s.sum);
+        s.sum.rescale(factor, 0, s.sum);
+        s.max = largest;
+    };
+    const auto raise_teacher = [&](float largest) {
+        const double shift = static_cast<double>(finite(t.max)) - finite(largest);
+        const double factor = t.max == -infinity ? 1 : __builtin_exp(shift);
+        forward.rescale(factor, shift, t.sum);
+        reverse.rescale(1, shift, s.sum);
+        t.sum.rescale(factor, 0, t.sum);
+        t.max = largest;
+    };
+
+    for (std::int64_t begin = 0; begin < columns; begin += block) {
+        const int count = static_cast<int>(columns - begin < block ? columns - begin : block), all = padded(count);
+
+        s.load(student, begin, count);
+        if (target >= begin && target < begin + count) target_logit = s.shifted[target - begin];
+        const float largest = s.block_max(count);
+        if (largest > s.max) {
+            raise_student(largest);
+            max_block = begin;
+        }
+        if (paired) {
+            t.load(teacher, begin, count);
+            const float largest_t = t.block_max(count);
+            if (largest_t > t.max) raise_teacher(largest_t);
+            t.exponentiate(count, teacher.z + begin);
+        }
+        s.exponentiate(count, student.z + begin);
+
+        if (call.first)
+            first.add(sum_of(all, [&](int j) { return times(Vector::load(s.e + j), Vector::load(s.shifted + j)); }));
+        if (call.square)
+            square.add(sum_of(all, [&](int j) { return Vector::load(s.e + j) * Vector::load(s.e + j); }));
+        if (call.weighted) {
+            const float* weights = call.weights + begin;
+            if (!call.weights || all > count) {
+                for (int j = 0; j < all; ++j) room[j] = j >= count ? 0 : call.weights ? call.weights[begin + j] : 1;
+                weights = room;
+            }
+            weight_sum.add(sum_of(all, [&](int j) { return Vector::load(weights + j); }));
+            weighted.add(sum_of(all, [&](int j) { return times(Vector::load(weights + j), Vector::load(s.shifted + j)); }));
+        }
+        if (call.forward) {
+            const auto difference = [&](int j) { return Vector::load(t.shifted + j) - Vector::load(s.shifted + j); };
+            forward.add(sum_of(all, [&](int j) { return times(Vector::load(t.e + j), difference(j)); }));
+            reverse.add(sum_of(all, [&](int j) { return times(Vector::load(s.e + j), difference(j)); }));
+        }
+    }
+
+    put(call.max, row, s.final_max());
+    put(call.sum, row, s.sum.total());
+    put(call.target, row, target_logit);
+    put(call.first, row, first.total());
+    put(call.square, row, square.total());
+    put(call.weighted, row, weighted.total());
+    put(call.teacher_max, row, t.final_max());
+    put(call.teacher_sum, row, t.sum.total());
+    put(call.forward, row, forward.total());
+    put(call.reverse, row, reverse.total());
+    if (call.argmax) {
+        const int count = static_cast<int>(columns - max_block < block ? columns - max_block : block);
+        s.load(student, max_block, count);
+        int j = 0;
+        while (j < count - 1 && !(s.shifted[j] == s.max)) ++j;
+        call.argmax[row] = max_block + j;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- generic
+
+LL_FUNCTION void gather(float* values, const Divergence& divergence, int count, std::int64_t row) {
+    for (int i = 0; i < count; ++i) values[i] = divergence.parameters[i][row];
+}
+
+template <class Functor>
+LL_FUNCTION void generic_row(const Generic& call, std::int64_t row) {
+    const Normalizers& n = call.normalizers;
+    const Distribution student(call.chunks.student, n.max, n.log_sum, row);
+    const Distribution teacher(call.chunks.teacher, n.teacher_max, n.teacher_log_sum, row);
+    const std::int64_t columns = call.chunks.columns;
+    float parameters[Divergences::most_parameters];
+    gather(parameters, call.divergence, Functor::parameters, row);
+
+    Sum value, slope;
+    for (std::int64_t begin = 0; begin < columns; begin += block) {
+        Vector block_value(0.0f), block_slope(0.0f);
+        sweep(begin, columns - begin < block ? columns : begin + block, [&](std::int64_t j, auto access) {
+            prefetch(student.z + j);
+            prefetch(teacher.z + j);
+            const Vector log_q = student.log_probability(student.scaled(access, j).s);
+            const Vector log_p = teacher.log_probability(teacher.scaled(access, j).s);
+            const auto at = Functor::at(log_p, log_q, parameters);
+            block_value = block_value + access.only(at.value);
+            block_slope = block_slope + access.only(at.slope);
+        });
+        value.add(block_value);
+        slope.add(block_slope);
+    }
+    call.value[row] = value.total();
+    call.slope[row] = slope.total();
+}
+
+// --------------------------------------------------------------------------------------------------------- gradient
+
+void gradient_row(const Gradient& call, std::int64_t row) {
+    const std::int64_t columns = call.chunks.columns;
+    float* out = call.out + row * call.out_stride;
+    if (call.live && !call.live[row]) {
+        std::memset(out, 0, columns * sizeof(float));
+        return;
+    }
+
+    const Normalizers& n = call.normalizers;
+    const Distribution student(call.chunks.student, n.max, n.log_sum, row);
+    const bool paired = call.p || call.q_log_ratio || call.divergence_count > 0;
+    const Distribution teacher =
+        paired ? Distribution(call.chunks.teacher, n.teacher_max, n.teacher_log_sum, row) : student;
+
+    const auto coefficient = [row](const float* of) { return Vector(of ? of[row] : 0.0f); };
+    const Vector c_q = coefficient(call.q), c_p = coefficient(call.p), c_weights = coefficient(call.weights),
+                 c_q_log_q = coefficient(call.q_log_q), c_q_squared = coefficient(call.q_squared),
+                 c_q_log_ratio = coefficient(call.q_log_ratio);
+    const float* rows = call.rows ? call.rows + row * call.rows_stride : nullptr;
+
+    // The one-hot is added to the one vector that holds the target's column.
+    const std::int64_t target = call.one_hot ? call.targets[row] : -1;
+    const std::int64_t hot = target >= 0 && target < columns ? target / width * width : -1;
+    float one_hot[width] = {};
+    if (hot >= 0) one_hot[target - hot] = call.one_hot[row];
+
+    sweep(0, columns, [&](std::int64_t j, auto access) {
+        prefetch(student.z + j);
+        const auto [s, slope] = student.scaled(access, j);
+        const Vector log_q = student.log_probability(s);
+        const Vector q = exp(log_q);
+        Vector total(0.0f);
+        if (call.q) total = c_q * q;
+        if (call.q_log_q) total = fma(c_q_log_q, times(q, log_q), total);
+        if (call.q_squared) total = fma(c_q_squared, q * q, total);
+        if (call.weights) total = total + (call.weight_vector ? c_weights * access.load(call.weight_vector + j) : c_weights);
+        if (paired) {
+            prefetch(teacher.z + j);
+            const Vector log_p = teacher.log_probability(teacher.scaled(access, j).s);
+            if (call.p) total = fma(c_p, exp(log_p), total);
+            if (call.q_log_ratio) total = fma(c_q_log_ratio, times(q, log_q - log_p), total);
+            for (int i = 0; i < call.divergence_count; ++i) {
+                const Divergence& divergence = call.divergences[i];
+                Divergences::visit(divergence.functor, [&](auto functor) {
+                    float parameters[Divergences::most_parameters];
+                    gather(parameters, divergence, functor.parameters, row);
+                    const Vector qg = functor.at(log_p, log_q, parameters).slope;
+                    total = fma(Vector(divergence.coefficient[row]), qg, total);
+                });
+            }
+        }
+        if (rows) total = total + access.load(rows + j);
+        if (j == hot) total = total + Vector::load(one_hot);
+        access.store(slope * total, out + j);
+    });
+}
+
+// Every row of a call, and the copy's entry in rows.h.
+
+void statistics(const Statistics& call, std::int64_t begin, std::int64_t end) {
+    const FlushDenormals guard;
+    for (std::int64_t row = begin; row < end; ++row) statistics_row(call, row);
+}
+
+void generic(const Generic& call, std::int64_t begin, std::int64_t end) {
+    const FlushDenormals guard;
+    Divergences::visit(call.divergence.functor, [&](auto functor) {
+        for (std::int64_t row = begin; row < end; ++row) generic_row<decltype(functor)>(call, row);
+    });
+}
+
+void gradient(const Gradient& call, std::int64_t begin, std::int64_t end) {
+    const FlushDenormals guard;
+    for (std::int64_t row = begin; row < end; ++row) gradient_row(call, row);
+}
+
+}  // namespace
+
+#define LL_TEXT_(name) #name
+#define LL_TEXT(name) LL_TEXT_(name)
+const Kernels LL_COPY = {LL_TEXT(LL_COPY), statistics, generic, gradient};
+
+}  // namespace logitless

@@ -1,0 +1,102 @@
+// Vector: the number type (number.h) of the CPU kernels, one register of the instruction set this copy is compiled for.
+//
+// Arithmetic is GCC's and Clang's vector extension, which knows every architecture; what it has no spelling for, or does
+// not always find the one instruction for, is written out below.
+
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "../math/number.h"
+
+#if defined(__AVX512F__)
+#define LL_VECTOR_BYTES 64
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LL_VECTOR_BYTES 32
+#else
+#define LL_VECTOR_BYTES 16
+#endif
+
+namespace logitless {
+namespace {
+
+typedef float Floats __attribute__((vector_size(LL_VECTOR_BYTES)));
+typedef std::int32_t Ints __attribute__((vector_size(LL_VECTOR_BYTES)));
+typedef float LooseFloats __attribute__((vector_size(LL_VECTOR_BYTES), aligned(4), may_alias));
+
+struct Vector {
+    static constexpr int size = LL_VECTOR_BYTES / sizeof(float);
+
+    Floats v;
+
+    Vector() = default;
+    LL_FUNCTION Vector(Floats v) : v(v) {}
+    LL_FUNCTION explicit Vector(float x) : v(x - Floats{}) {}
+
+    static LL_FUNCTION Vector load(const float* from) { return {*reinterpret_cast<const LooseFloats*>(from)}; }
+    LL_FUNCTION void store(float* to) const { *reinterpret_cast<LooseFloats*>(to) = v; }
+};
+
+struct Mask {
+    Ints v;  // -1 where true, 0 where false
+};
+
+struct Bits {
+    Ints v;
+};
+
+LL_FUNCTION Vector operator+(Vector a, Vector b) { return {a.v + b.v}; }
+LL_FUNCTION Vector operator-(Vector a, Vector b) { return {a.v - b.v}; }
+LL_FUNCTION Vector operator*(Vector a, Vector b) { return {a.v * b.v}; }
+LL_FUNCTION Vector operator-(Vector a) { return {-a.v}; }
+
+LL_FUNCTION Mask operator>(Vector a, Vector b) { return {a.v > b.v}; }
+LL_FUNCTION Mask operator==(Vector a, Vector b) { return {a.v == b.v}; }
+LL_FUNCTION Vector select(Mask mask, Vector yes, Vector no) { return {mask.v ? yes.v : no.v}; }
+
+LL_FUNCTION Bits operator&(Bits a, std::int32_t b) { return {a.v & b}; }
+LL_FUNCTION Bits operator|(Bits a, Bits b) { return {a.v | b.v}; }
+LL_FUNCTION Bits operator-(Bits a, std::int32_t b) { return {a.v - b}; }
+LL_FUNCTION Bits operator-(std::int32_t a, Bits b) { return {a - b.v}; }
+LL_FUNCTION Bits operator<<(Bits a, int n) { return {a.v << n}; }
+LL_FUNCTION Bits operator>>(Bits a, int n) { return {a.v >> n}; }
+LL_FUNCTION Bits as_int(Vector x) { return {reinterpret_cast<Ints>(x.v)}; }
+LL_FUNCTION Vector as_float(Bits bits) { return {reinterpret_cast<Floats>(bits.v)}; }
+LL_FUNCTION Vector to_float(Bits i) { return {__builtin_convertvector(i.v, Floats)}; }
+
+#if defined(__AVX512F__)
+LL_FUNCTION Vector max(Vector a, Vector b) { return {_mm512_mask_max_ps(a.v, -1, a.v, b.v)}; }
+LL_FUNCTION Vector min(Vector a, Vector b) { return {_mm512_mask_min_ps(a.v, -1, a.v, b.v)}; }
+LL_FUNCTION Vector fma(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+#elif defined(__AVX2__) && defined(__FMA__)
+LL_FUNCTION Vector max(Vector a, Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
+LL_FUNCTION Vector min(Vector a, Vector b) { return {_mm256_min_ps(a.v, b.v)}; }
+LL_FUNCTION Vector fma(Vector a, Vector b, Vector c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+#elif defined(__x86_64__)
+LL_FUNCTION Vector max(Vector a, Vector b) { return {_mm_max_ps(a.v, b.v)}; }
+LL_FUNCTION Vector min(Vector a, Vector b) { return {_mm_min_ps(a.v, b.v)}; }
+LL_FUNCTION Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+#else
+LL_FUNCTION Vector max(Vector a, Vector b) { return {a.v > b.v ? a.v : b.v}; }
+LL_FUNCTION Vector min(Vector a, Vector b) { return {a.v < b.v ? a.v : b.v}; }
+#if defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)
+LL_FUNCTION Vector fma(Vector a, Vector b, Vector c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+#else
+LL_FUNCTION Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+#endif
+#endif
+
+LL_FUNCTION float largest(Vector x) {
+    float lanes[Vector::size];
+    x.store(lanes);
+    for (int n = Vector::size / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) lanes[i] = max(lanes[i + n], lanes[i]);
+    return lanes[0];
+}
+
+}  // namespace
+}  // namespace logitless

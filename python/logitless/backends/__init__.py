@@ -1,0 +1,122 @@
+"""Row kernels: the contract every backend meets, and the choice between them.
+
+A backend is a module with a ``NAME``, a ``supports(device, dtype)`` and three functions, all on *chunks* of logits
+(some rows of a head, and some or all of its columns):
+
+    statistics(student, teacher, *, targets, weights, wanted)   -> accumulators       one reading of the chunk
+    generic(student, teacher, normalizers, definition, parameters) -> value, slope     f-divergences given both lse
+    gradient(student, teacher, normalizers, combination, out)   -> None               one writing of the chunk
+
+**Chunk.** A chunk holds raw products ``z`` and what turns them into scaled logits: ``s = outer * phi(inner * (z + bias))``
+with ``phi`` the identity (``inner is None``) or tanh. ``outer`` is one number per row; temperature, scale and softcap are
+folded into ``inner`` and ``outer``.
+
+**Accumulators** are merged, never finished, inside a kernel: :func:`logitless.engine.statistics.merge` joins those of
+two column ranges, :func:`~logitless.engine.statistics.finish` turns them into statistics. Per row, float64, with
+``m = max_j s_j`` (-inf for an empty or fully masked chunk; then every difference to it is taken to 0):
+
+    max        m                                    always
+    sum        sum_j e^(s_j - m)                    always
+    target     s_y, or 0 where y is outside         targets given (column of this chunk, int64)
+    first      sum_j e^(s_j - m) (s_j - m)          "entropy"
+    square     sum_j e^(2 (s_j - m))                "collision"
+    weighted   sum_j w_j (s_j - m)                  "weighted"  (weights None: w_j = 1)
+    argmax     first j with s_j = m, int64          "argmax"
+    teacher_max, teacher_sum                        a teacher given
+    forward    sum_j e^(t_j - m_t) d_j              "moments", with d_j = (t_j - m_t) - (s_j - m)
+    reverse    sum_j e^(s_j - m) d_j                "moments"
+
+A factor e^(..) that is 0 makes its product 0, whatever the other factor: masked columns give no NaN.
+
+**Combination.** Every gradient here is one combination, with per-row coefficients, of a small basis; with
+``log q_j = (s_j - m) - log_sum``, ``log p_j`` alike:
+
+    dz_j = ds_j/dz_j * [ one_hot 1[j=y] + q q_j + p p_j + weights w_j + q_log_q q_j log q_j + q_squared q_j^2
+                         + q_log_ratio q_j (log q_j - log p_j) + sum_k c_k q_j g_k(p_j/q_j) + rows_j ]
+
+Rows that are not ``live`` get exact zeros. ``out`` may be ``student.z`` itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor, device, dtype
+
+from logitless.divergences import Definition
+
+WANTED = frozenset({"entropy", "collision", "weighted", "argmax", "moments"})
+BASIS = ("one_hot", "q", "p", "weights", "q_log_q", "q_squared", "q_log_ratio")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Raw products of some rows and columns of one head, and how they become scaled logits."""
+
+    z: Tensor  # [rows, columns], compute type (float32 or float64), last stride 1
+    bias: Tensor | None  # [columns], compute type
+    inner: float | None  # softcap: scale / softcap; None without one
+    outer: Tensor  # [rows], compute type: (softcap or scale) / temperature
+
+
+@dataclass(frozen=True)
+class Normalizers:
+    """Per row [rows], compute type: maxima and log-sums, kept apart so that a common offset costs no digits."""
+
+    max: Tensor
+    log_sum: Tensor
+    teacher_max: Tensor | None = None
+    teacher_log_sum: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One combination of the basis: per-row coefficients [rows] in the compute type, and the vectors they multiply."""
+
+    coefficients: dict[str, Tensor]  # keys from BASIS
+    targets: Tensor | None = None  # [rows] int64: the column of the one-hot, outside the chunk where there is none
+    weights: Tensor | None = None  # [columns]: w; None means ones
+    generic: tuple[tuple[Definition, tuple[Tensor, ...], Tensor], ...] = ()  # (divergence, parameters [rows], c [rows])
+    rows: Tensor | None = None  # [rows, columns]: gradient of row functions with respect to s
+    live: Tensor | None = None  # [rows] bool; None means all
+
+
+def available() -> dict[str, ModuleType | str]:
+    """Every backend by name: its module, or the reason why it cannot run here."""
+    cpu = importlib.import_module("logitless.backends.cpu")
+    reference = importlib.import_module("logitless.backends.torch")
+    return {"cpu": cpu.PROBLEM or cpu, "torch": reference}
+
+
+def select(where: device, compute: dtype) -> ModuleType:
+    """The backend for a device and a compute type: the first of :func:`available`, the fastest first, that supports them.
+
+    ``LOGITLESS_BACKEND`` forces one by name; ValueError if it does not exist, cannot load or does not support the input.
+    """
+    found = available()
+    forced = os.environ.get("LOGITLESS_BACKEND")
+    if forced:
+        if forced not in found:
+            raise ValueError(f"LOGITLESS_BACKEND={forced!r}: no such backend; there are {sorted(found)}")
+        backend = found[forced]
+        if isinstance(backend, str):
+            raise ValueError(f"LOGITLESS_BACKEND={forced!r} cannot run here: {backend}")
+        if not backend.supports(where, compute):
+            raise ValueError(f"LOGITLESS_BACKEND={forced!r} does not support {compute} on {where.type}")
+        return backend
+    if where.type == "cpu" and isinstance(found["cpu"], str):
+        _warn_once(f"logitless: the C++ kernels cannot run ({found['cpu']}); the slower torch backend serves instead")
+    return next(b for b in found.values() if not isinstance(b, str) and b.supports(where, compute))
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

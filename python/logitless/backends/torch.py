@@ -1,0 +1,179 @@
+"""The torch backend: the contract in plain torch operations, for any device and any floating compute type.
+
+It is the fallback for everything. Work proceeds in blocks of at most ``BLOCK`` elements, so that its temporaries stay
+at a few MB whatever the chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from logitless.backends import Chunk, Combination, Normalizers
+from logitless.divergences import Definition
+
+NAME = "torch"
+BLOCK = 1 << 17  # elements per temporary
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point
+
+
+def _row_blocks(chunk: Chunk) -> Iterator[slice]:
+    rows, columns = chunk.z.shape
+    step = max(1, BLOCK // max(columns, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _scaled(chunk: Chunk, rows: slice) -> tuple[Tensor, Tensor]:
+    """s and ds/dz of some rows; ds/dz is [rows, 1] without a softcap, [rows, columns] with one."""
+    z, outer = chunk.z[rows], chunk.outer[rows, None]
+    if chunk.bias is not None:
+        z = z + chunk.bias
+    if chunk.inner is None:
+        return outer * z, outer
+    capped = torch.tanh(chunk.inner * z)
+    return outer * capped, outer * chunk.inner * (1 - capped * capped)
+
+
+def scaled(chunk: Chunk) -> Tensor:
+    """s of a chunk, as a tensor of its own."""
+    return _scaled(chunk, slice(None))[0]
+
+
+def _times(factor: Tensor, other: Tensor) -> Tensor:
+    """factor * other, and 0 wherever factor is 0."""
+    return torch.where(factor == 0, 0, factor * other)
+
+
+def _log_probability(s: Tensor, maximum: Tensor, log_sum: Tensor) -> Tensor:
+    return (s - _finite(maximum)[:, None]) - log_sum[:, None]
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    return torch.where(maximum == -torch.inf, 0, maximum)
+
+
+def statistics(
+    student: Chunk,
+    teacher: Chunk | None,
+    *,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    wanted: frozenset[str],
+) -> dict[str, Tensor]:
+    parts = [_block_statistics(student, teacher, targets, weights, wanted, rows) for rows in _row_blocks(student)]
+    if not parts:  # no rows
+        return _block_statistics(student, teacher, targets, weights, wanted, slice(0, 0))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _block_statistics(student, teacher, targets, weights, wanted, rows) -> dict[str, Tensor]:
+    s, _ = _scaled(student, rows)
+    maximum, argmax = s.max(-1)
+    shifted = s - _finite(maximum)[:, None]
+    e = shifted.exp()
+    found = {"max": maximum, "sum": e.sum(-1)}
+    if targets is not None:
+        y = targets[rows]
+        inside = (y >= 0) & (y < s.shape[1])
+        picked = s.gather(1, y.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
+        found["target"] = torch.where(inside, picked, 0)
+    if "entropy" in wanted:
+        found["first"] = _times(e, shifted).sum(-1)
+    if "collision" in wanted:
+        found["square"] = (e * e).sum(-1)
+    if "weighted" in wanted:
+        found["weighted"] = (shifted if weights is None else shifted * weights).sum(-1)
+    if "argmax" in wanted:
+        found["argmax"] = argmax
+    if teacher is not None:
+        t, _ = _scaled(teacher, rows)
+        maximum_t = t.amax(-1)
+        shifted_t = t - _finite(maximum_t)[:, None]
+        e_t = shifted_t.exp()
+        found |= {"teacher_max": maximum_t, "teacher_sum": e_t.sum(-1)}
+        if "moments" in wanted:
+            difference = shifted_t - shifted
+            found["forward"] = _times(e_t, difference).sum(-1)
+            found["reverse"] = _times(e, difference).sum(-1)
+    return {name: value if name == "argmax" else value.double() for name, value in found.items()}
+
+
+def generic(
+    student: Chunk,
+    teacher: Chunk,
+    normalizers: Normalizers,
+    definition: Definition,
+    parameters: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """(sum_j q_j f_j, sum_j q_j g_j) per row, float64."""
+    value = student.z.new_zeros(student.z.shape[0], dtype=torch.float64)
+    slope = torch.zeros_like(value)
+    for rows in _row_blocks(student):
+        qf, qg = _pointwise(student, teacher, normalizers, definition, parameters, rows)
+        value[rows] = qf.sum(-1).double()
+        slope[rows] = qg.sum(-1).double()
+    return value, slope
+
+
+def _pointwise(student, teacher, normalizers, definition, parameters, rows) -> tuple[Tensor, Tensor]:
+    log_q = _log_probability(_scaled(student, rows)[0], normalizers.max[rows], normalizers.log_sum[rows])
+    log_p = _log_probability(
+        _scaled(teacher, rows)[0], normalizers.teacher_max[rows], normalizers.teacher_log_sum[rows]
+    )
+    return definition.pointwise(log_p, log_q, *(p[rows, None] for p in parameters))
+
+
+def gradient(
+    student: Chunk,
+    teacher: Chunk | None,
+    normalizers: Normalizers,
+    combination: Combination,
+    out: Tensor,
+) -> None:
+    for rows in _row_blocks(student):
+        _block_gradient(student, teacher, normalizers, combination, out, rows)
+
+
+def _block_gradient(student, teacher, normalizers, combination, out, rows) -> None:
+    def coefficient(name: str) -> Tensor | None:
+        found = combination.coefficients.get(name)
+        return None if found is None else found[rows, None]
+
+    s, slope = _scaled(student, rows)
+    log_q = _log_probability(s, normalizers.max[rows], normalizers.log_sum[rows])
+    q = log_q.exp()
+    total = torch.zeros_like(s)
+    if (c := coefficient("q")) is not None:
+        total += c * q
+    if (c := coefficient("q_log_q")) is not None:
+        total += c * _times(q, log_q)
+    if (c := coefficient("q_squared")) is not None:
+        total += c * (q * q)
+    if (c := coefficient("weights")) is not None:
+        total += c if combination.weights is None else c * combination.weights
+    if teacher is not None:
+        log_p = _log_probability(
+            _scaled(teacher, rows)[0], normalizers.teacher_max[rows], normalizers.teacher_log_sum[rows]
+        )
+        if (c := coefficient("p")) is not None:
+            total += c * log_p.exp()
+        if (c := coefficient("q_log_ratio")) is not None:
+            total += c * _times(q, log_q - log_p)
+        for definition, parameters, c in combination.generic:
+            total += c[rows, None] * definition.pointwise(log_p, log_q, *(p[rows, None] for p in parameters))[1]
+    if combination.rows is not None:
+        total += combination.rows[rows]
+    if (c := coefficient("one_hot")) is not None:
+        y = combination.targets[rows]
+        inside = ((y >= 0) & (y < s.shape[1]))[:, None]
+        total.scatter_add_(1, y.clamp(0, s.shape[1] - 1)[:, None], torch.where(inside, c, 0))
+    total *= slope
+    if combination.live is not None:
+        total = torch.where(combination.live[rows, None], total, 0)
+    out[rows] = total

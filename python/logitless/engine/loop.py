@@ -1,0 +1,517 @@
+"""The one chunk loop: products, row kernels and gradients, tile by tile.
+
+:func:`reduced` evaluates one channel to a scalar and forms its gradient in the same pass (eager), :func:`per_row`
+returns channels per token and what their backward needs, :func:`per_row_backward` is that backward. All three walk over
+tiles with :meth:`Run.walk`; row kernels and terms know nothing of products, strategies or reductions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from logitless import backends
+from logitless.backends import Chunk, Combination
+from logitless.divergences import TABLE
+from logitless.engine import plan as planning
+from logitless.engine import statistics
+from logitless.engine.heads import DenseHead, LinearHead, Tile, make_head
+from logitless.engine.memory import empty
+from logitless.engine.plan import Plan, Side, Tiling
+from logitless.engine.problem import ABSENT, Problem, check_values
+from logitless.engine.statistics import Coefficients, RowContext, Statistics
+
+ROW_FUNCTION_BUFFERS = 6  # [C, V] buffers that autograd of a row function may hold: logits, gradient, a few saved
+
+
+class Run:
+    """One evaluation: inputs with ignored rows dropped or masked, backend, and the factors of every term."""
+
+    def __init__(self, problem: Problem, tensors: list[Tensor], per_row: bool) -> None:
+        self.problem, self.tensors, self.is_per_row = problem, tensors, per_row
+        self.dtype = compute_dtype(problem, tensors)
+        self.device = tensors[problem.student.inputs[0]].device
+        columns = true_columns(problem, tensors)
+        check_values(problem, tensors, columns)
+
+        targets = None if problem.targets == ABSENT else tensors[problem.targets]
+        self.index = self.live = None
+        if targets is not None:
+            live = targets != problem.ignore_index
+            compact = self.device.type == "cpu" if problem.compact is None else problem.compact
+            if not compact:
+                self.live = live
+            elif not live.all():
+                self.index = live.nonzero()[:, 0]
+                targets = targets[self.index]
+        self.targets = None if targets is None else targets.long()
+
+        self.student = make_head(problem.student, tensors, self.index, self.dtype)
+        self.teacher = problem.teacher and make_head(problem.teacher, tensors, self.index, self.dtype)
+        self.heads = [head for head in (self.student, self.teacher) if head is not None]
+        self.tokens, self.rows, self.columns = self.student.tokens, self.student.rows, columns
+        if self.live is not None:  # what is not checked poisons its row
+            wrong = self.live & ((self.targets < 0) | (self.targets >= columns))
+            self.student.outer = torch.where(wrong, torch.nan, self.student.outer)
+        self.backend = backends.select(self.device, self.dtype)
+
+        self.class_weights = None
+        self.class_weight: Tensor | float = 1.0
+        if problem.class_weights != ABSENT:
+            self.class_weights = tensors[problem.class_weights].to(self.dtype)
+            self.class_weight = self.class_weights[self.targets.clamp(0, columns - 1)].double()
+        self.wanted = frozenset().union(*(term.wanted for term in problem.terms))
+        if problem.argmax:
+            self.wanted |= {"argmax"}
+        self.generic_terms = {term.generic for term in problem.terms if getattr(term, "generic", None) is not None}
+        self.row_terms = [(i, term) for i, term in enumerate(problem.terms) if hasattr(term, "function")]
+        self.divergence_terms = [(i, term) for i, term in enumerate(problem.terms) if hasattr(term, "adjoint")]
+        self.student_grad = any(problem.student.wants_grad)
+        self.teacher_grad = problem.teacher is not None and any(problem.teacher.wants_grad)
+
+    # ---- planning
+
+    def plan(self) -> Plan:
+        shape = planning.Shape(
+            tokens=self.rows,
+            vocab=self.columns,
+            student=_side(self.student),
+            teacher=self.teacher and _side(self.teacher),
+            itemsize=self.dtype.itemsize,
+            per_row=self.is_per_row,
+            one_scalar=frozen_mix(self.problem) is not None,
+            whole_rows=bool(self.generic_terms or self.row_terms),
+            scratch=(ROW_FUNCTION_BUFFERS if self.row_terms else 0) + self.teacher_grad,
+        )
+        if self.device.type == "cpu":
+            machine = planning.cpu(torch.get_num_threads())
+        else:
+            machine = planning.gpu(self.tensors[0].dtype.itemsize)
+        chosen = planning.plan(shape, machine, self.problem.strategy, self.problem.workspace)
+        for head in self.heads:
+            head.upcast = chosen.upcast
+        return chosen
+
+    # ---- the walk
+
+    def walk(
+        self, tiling: Tiling, stash: Tensor | None = None, fill: bool = False
+    ) -> Iterator[tuple[Tile, Chunk, Chunk | None]]:
+        """Every tile with its chunks: vocabulary slices outside, rows inside.
+
+        ``stash`` [heads, rows, V] holds the raw products of the first rows (or, with ``fill``, receives them).
+        """
+        kept = 0 if stash is None else stash.shape[1]
+        blocks = [*tiling.row_blocks(0, kept), *tiling.row_blocks(kept, self.rows)]
+        longest = max((block.stop - block.start for block in blocks), default=0)
+        self.buffers = [self._buffer(longest, tiling) if head.buffered else None for head in self.heads]
+        self.spare = self._buffer(longest, tiling) if self.teacher_grad and self.teacher.buffered else None
+        for columns in tiling.column_blocks(self.columns):
+            for block in blocks:
+                tile = Tile(block, columns)
+                layers = iter(() if stash is None or block.stop > kept else stash)
+                chunks = []
+                for head, buffer in zip(self.heads, self.buffers, strict=True):
+                    layer = next(layers, None) if head.buffered else None
+                    if layer is None:
+                        chunks.append(head.chunk(tile, buffer))
+                    else:
+                        chunks.append(head.stashed(tile, layer[block, columns], fill))
+                yield tile, chunks[0], chunks[1] if len(chunks) > 1 else None
+        self.buffers = self.spare = None
+
+    def _buffer(self, rows: int, tiling: Tiling) -> Tensor:
+        return empty((rows * min(tiling.columns, self.columns),), self.dtype, self.device)
+
+    def finished_rows(
+        self, tiling: Tiling, stash: Tensor | None = None, fill: bool = False
+    ) -> Iterator[tuple[Tile, Chunk, Chunk | None, Statistics]]:
+        """Rows with their statistics, when their last tile has been visited."""
+        partial: dict[int, Statistics] = {}
+        for tile, student, teacher in self.walk(tiling, stash, fill):
+            found = self._accumulators(tile, student, teacher)
+            if (before := partial.pop(tile.rows.start, None)) is not None:
+                found = statistics.merge(before, found)
+            if tile.columns.stop < self.columns:
+                partial[tile.rows.start] = found
+            else:
+                yield tile, student, teacher, self._finish(found, student, teacher)
+
+    # ---- forward
+
+    def _accumulators(self, tile: Tile, student: Chunk, teacher: Chunk | None) -> Statistics:
+        """Those of one tile, mergeable with those of other columns of the same rows."""
+        weights = None if self.class_weights is None else self.class_weights[tile.columns]
+        found = self.backend.statistics(
+            student, teacher, targets=self._targets(tile), weights=weights, wanted=self.wanted
+        )
+        if "weighted" in found:
+            mass = tile.size[1] if weights is None else weights.double().sum()
+            found["mass"] = torch.full_like(found["max"], 1.0) * mass
+        if "argmax" in found:
+            found["argmax"] = found["argmax"] + tile.columns.start
+        return found
+
+    def _finish(self, found: Statistics, student: Chunk, teacher: Chunk | None) -> Statistics:
+        """Statistics of rows, with the sums that need lse first and so read whole rows again."""
+        s = statistics.finish(found)
+        for key in self.generic_terms:
+            s[key, "value"], s[key, "slope"] = self._generic(key, s, student, teacher)
+        if self.teacher_grad:
+            exchanged = statistics.exchange(s)
+            for _, term in self.divergence_terms:
+                if (key := term.adjoint.generic) is not None:
+                    s["teacher", key, "slope"] = self._generic(key, exchanged, teacher, student)[1]
+        return s
+
+    def _generic(self, key: tuple, s: Statistics, student: Chunk, teacher: Chunk) -> tuple[Tensor, Tensor]:
+        definition, parameters = self._definition(key, student)
+        normalizers = statistics.normalizers(s, self.dtype)
+        return self.backend.generic(student, teacher, normalizers, definition, parameters)
+
+    def _definition(self, key: tuple, chunk: Chunk):
+        name, parameters = key
+        return TABLE[name], tuple(torch.full_like(chunk.outer, parameter) for parameter in parameters)
+
+    def context(self, s: Statistics, rows: slice) -> RowContext:
+        """What terms read of some rows."""
+        class_weight = self.class_weight
+        return RowContext(
+            s,
+            self.columns,
+            self.student.temperature[rows],
+            class_weight[rows] if isinstance(class_weight, Tensor) else class_weight,
+        )
+
+    def term_values(self, s: Statistics, rows: slice) -> list[Tensor]:
+        """Values of the terms, float64 [rows] each, 0 where a row is not live."""
+        context = self.context(s, rows)
+        return [self.live_values(term.value(context), rows) for term in self.problem.terms]
+
+    def scales(self, channel: int) -> list[float]:
+        """The factor of every term in a channel."""
+        scales = [0.0] * len(self.problem.terms)
+        for scale, i in self.problem.channels[channel]:
+            scales[i] += scale
+        return scales
+
+    def factors(self) -> list[Tensor]:
+        """Per term [rows] float64: weight / denominator where the row is live."""
+        problem = self.problem
+        base = torch.ones(self.rows, dtype=torch.float64, device=self.device)
+        if problem.weights != ABSENT:
+            weights = self.tensors[problem.weights].double()
+            base = weights if self.index is None else weights[self.index]
+        if self.live is not None:
+            base = torch.where(self.live, base, 0)
+        if not problem.mean:
+            return [base] * len(problem.terms)
+        return [base / _nonzero(self.denominator(term)) for term in problem.terms]
+
+    def denominator(self, term) -> Tensor:
+        """What the mean of a term divides by, float64 0-d."""
+        problem = self.problem
+        if problem.denominators != ABSENT:
+            return self.tensors[problem.denominators].double()
+        if problem.denominator is not None:
+            return torch.tensor(problem.denominator, dtype=torch.float64, device=self.device)
+        count = torch.ones(self.rows, dtype=torch.float64, device=self.device)
+        if getattr(term, "weighted_classes", False):
+            count = self.class_weight
+        return (count if self.live is None else torch.where(self.live, count, 0)).sum()
+
+    def live_values(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
+        return values if self.live is None else torch.where(self.live[rows], values, 0)
+
+    def live_count(self) -> Tensor:
+        return torch.tensor(self.rows, device=self.device) if self.live is None else self.live.sum()
+
+    def restore(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Per-row results [..., rows] at their tokens, zeros elsewhere."""
+        if self.index is None:
+            return x
+        shape = list(x.shape)
+        shape[dim] = self.tokens
+        return x.new_zeros(shape).index_copy_(dim, self.index, x)
+
+    # ---- gradient
+
+    @property
+    def with_gradient(self) -> bool:
+        return self.student_grad or self.teacher_grad
+
+    def open_gradients(self, tiling: Tiling, kept: int = 0, only_hidden: bool = False) -> None:
+        row_blocks = sum(1 for part in ((0, kept), (kept, self.rows)) for _ in tiling.row_blocks(*part))
+        for head in self.heads:
+            wants = head.spec.wants_grad
+            head.open_gradients((wants[0], False, False) if only_hidden else wants, row_blocks <= 1)
+
+    def gradients(self) -> list[Tensor]:
+        return [gradient for head in self.heads for gradient in head.gradients()]
+
+    def coefficients(self, s: Statistics, upstream: list[Tensor], rows: slice) -> tuple[dict, dict]:
+        """Coefficients of the student's and the teacher's gradient, given d loss / d value of every term."""
+        student, teacher = Coefficients(), Coefficients()
+        context = self.context(s, rows)
+        for term, u in zip(self.problem.terms, upstream, strict=True):
+            term.coefficients(context, u, student)
+        if self.teacher_grad:
+            exchanged = statistics.exchange(s)
+            for key, value in s.items():
+                if key[0] == "teacher":
+                    exchanged[key[1:]] = value
+            context = self.context(exchanged, rows)
+            for i, term in self.divergence_terms:
+                term.adjoint.coefficients(context, upstream[i], teacher)
+        return student, teacher
+
+    def differentiate(
+        self,
+        tile: Tile,
+        student: Chunk,
+        teacher: Chunk | None,
+        s: Statistics,
+        coefficients: tuple[dict, dict],
+        row_gradients: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:
+        """Forms the gradients of a tile and hands them to the heads. ``s`` and coefficients are those of its rows."""
+        gradient = None
+        if self.teacher_grad:  # first, into a buffer of its own: the student's gradient reads the teacher's chunk
+            gradient = self.teacher.gradient_buffer(tile, self.spare)
+            normalizers = statistics.normalizers(statistics.exchange(s), self.dtype)
+            combination = self._combination(tile, teacher, coefficients[1], row_gradients[1])
+            self.backend.gradient(teacher, student, normalizers, combination, gradient)
+        if self.student_grad:
+            out = self.student.gradient_buffer(tile, self.buffers[0])
+            normalizers = statistics.normalizers(s, self.dtype)
+            combination = self._combination(tile, student, coefficients[0], row_gradients[0])
+            self.backend.gradient(student, teacher, normalizers, combination, out)
+            self.student.accumulate(tile, out)
+        if gradient is not None:
+            self.teacher.accumulate(tile, gradient)
+
+    def _combination(self, tile: Tile, chunk: Chunk, coefficients: dict, rows: Tensor | None) -> Combination:
+        generic = tuple(
+            (*self._definition(key, chunk), c.to(self.dtype)) for key, c in coefficients.items() if isinstance(key, tuple)
+        )
+        return Combination(
+            {key: c.to(self.dtype) for key, c in coefficients.items() if key in backends.BASIS},
+            self._targets(tile),
+            None if self.class_weights is None else self.class_weights[tile.columns],
+            generic,
+            rows,
+            None if self.live is None else self.live[tile.rows],
+        )
+
+    def _targets(self, tile: Tile) -> Tensor | None:
+        return None if self.targets is None else self.targets[tile.rows] - tile.columns.start
+
+    def row_functions(
+        self, tile: Tile, student: Chunk, teacher: Chunk | None, upstream: list[Tensor] | None
+    ) -> tuple[dict, tuple[Tensor | None, Tensor | None]]:
+        """Values of the user's row functions, and with ``upstream`` the gradients of their sum by s and t."""
+        if not self.row_terms:
+            return {}, (None, None)
+        from logitless.backends.torch import scaled
+
+        s = scaled(student)
+        t = None if teacher is None else scaled(teacher)
+        targets = None if self.targets is None else self.targets[tile.rows].clamp(0, self.columns - 1)
+        leaves = []
+        if upstream is not None:
+            leaves += [s.requires_grad_()] if self.student_grad else []
+            leaves += [t.requires_grad_()] if self.teacher_grad else []
+        with torch.set_grad_enabled(upstream is not None):
+            values = {}
+            total: Tensor | float = 0.0
+            for i, term in self.row_terms:
+                arguments = [s] + ([t] if term.teacher else []) + ([targets] if term.targets else [])
+                value = term.function(*arguments)
+                if not isinstance(value, Tensor) or value.shape != (s.shape[0],):
+                    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(f"row_term {term.label!r}: must return [{s.shape[0]}], got {shape}")
+                values[term.token, "value"] = value.detach().double()
+                if upstream is not None:
+                    total = total + (value * upstream[i].to(value.dtype)).sum()
+            gradients = iter(())
+            if leaves and isinstance(total, Tensor) and total.requires_grad:
+                gradients = iter(torch.autograd.grad(total, leaves, allow_unused=True))
+        student_gradient = next(gradients, None) if self.student_grad else None
+        return values, (student_gradient, next(gradients, None) if self.teacher_grad else None)
+
+
+def reduced(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The one channel of a problem, summed over rows, with its gradient formed in the same pass.
+
+    Returns (loss, values of the terms [T], number of live tokens, gradients asked for): student's, then teacher's.
+    """
+    run = Run(problem, tensors, per_row=False)
+    tiling = run.plan().forward
+    factors = run.factors()
+    upstream = [scale * factor for scale, factor in zip(run.scales(0), factors, strict=True)]
+    if run.with_gradient:
+        run.open_gradients(tiling)
+    totals = torch.zeros(len(problem.terms), dtype=torch.float64, device=run.device)
+    for tile, student, teacher, s in run.finished_rows(tiling):
+        u = [x[tile.rows] for x in upstream]
+        values, row_gradients = run.row_functions(tile, student, teacher, u if run.with_gradient else None)
+        s |= values
+        for i, value in enumerate(run.term_values(s, tile.rows)):
+            totals[i] += (factors[i][tile.rows] * value).sum()
+        if run.with_gradient:
+            run.differentiate(tile, student, teacher, s, run.coefficients(s, u, tile.rows), row_gradients)
+    student = teacher = row_gradients = None  # the chunk goes before the results come
+    loss = sum(scale * total for scale, total in zip(run.scales(0), totals, strict=True))
+    gradients = run.gradients() if run.with_gradient else []
+    return loss.to(run.dtype), totals.to(run.dtype), run.live_count(), gradients
+
+
+def per_row(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Channels per token, and what their backward needs.
+
+    Returns (channels [K, N], values of the terms [T, N], argmax [N] or [0], state): ignored tokens are 0. The state is
+    [statistics [S, N] of the live rows, extra]: extra is D [N, H] (frozen), stashed logits (stash) or empty.
+    """
+    run = Run(problem, tensors, per_row=True)
+    plan = run.plan()
+    factors = run.factors()
+    channels = torch.zeros(len(problem.channels), run.rows, dtype=torch.float64, device=run.device)
+    terms = torch.zeros(len(problem.terms), run.rows, dtype=torch.float64, device=run.device)
+    argmax = torch.zeros(run.rows if problem.argmax else 0, dtype=torch.long, device=run.device)
+    names = statistic_names(problem)
+    kept = torch.zeros(len(names) if run.with_gradient else 0, run.tokens, dtype=torch.float64, device=run.device)
+    stash = None
+    if plan.stash_rows:
+        buffered = sum(head.buffered for head in run.heads)
+        stash = empty((buffered, plan.stash_rows, run.columns), run.dtype, run.device)
+    if plan.strategy == "frozen":
+        run.open_gradients(plan.forward, only_hidden=True)
+    for tile, student, teacher, s in run.finished_rows(plan.forward, stash, fill=True):
+        rows = tile.rows
+        u = [scale * factor[rows] for scale, factor in zip(run.scales(0), factors, strict=True)]
+        frozen = plan.strategy == "frozen"
+        values, row_gradients = run.row_functions(tile, student, teacher, u if frozen else None)
+        s |= values
+        for i, value in enumerate(run.term_values(s, rows)):
+            terms[i, rows] = factors[i][rows] * value
+        if problem.argmax:
+            argmax[rows] = run.live_values(s["argmax"], rows)
+        if run.with_gradient:
+            kept[:, rows] = torch.stack([s[name] for name in names])
+        if frozen:
+            run.differentiate(tile, student, teacher, s, run.coefficients(s, u, rows), row_gradients)
+    for k in range(len(problem.channels)):
+        for scale, values in zip(run.scales(k), terms, strict=True):
+            if scale:
+                channels[k] += scale * values
+    extra = torch.zeros(0, dtype=run.dtype, device=run.device) if stash is None else stash
+    if plan.strategy == "frozen":
+        extra = empty((run.tokens, run.student.hidden.shape[1]), run.dtype, run.device)
+        extra[: run.rows] = run.student.hidden_grad
+        extra[run.rows :] = 0
+    results = (run.restore(x.to(run.dtype)) for x in (channels, terms))
+    return (*results, run.restore(argmax) if problem.argmax else argmax, [kept, extra] if run.with_gradient else [])
+
+
+def per_row_backward(problem: Problem, tensors: list[Tensor], state: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    """Gradients asked for, given d loss / d channels [K, N]."""
+    run = Run(problem, tensors, per_row=True)
+    plan = run.plan()
+    kept, extra = state
+    s = dict(zip(statistic_names(problem), kept[:, : run.rows], strict=True))
+    upstream = (upstream if run.index is None else upstream[:, run.index]).double()
+    if plan.strategy == "frozen":
+        return [run.restore((_frozen_gradient(run, s, extra[: run.rows], upstream)).to(run.student.hidden.dtype), 0)]
+    factors = run.factors()
+    u = [
+        factors[i] * sum(run.scales(k)[i] * upstream[k] for k in range(len(problem.channels)))
+        for i in range(len(problem.terms))
+    ]
+    stash = extra if plan.stash_rows else None
+    everything = slice(0, run.rows)
+    coefficients = run.coefficients(s, u, everything)
+    run.open_gradients(plan.backward, 0 if stash is None else stash.shape[1])
+    for tile, student, teacher in run.walk(plan.backward, stash):
+        rows = tile.rows
+        _, row_gradients = run.row_functions(tile, student, teacher, [x[rows] for x in u])
+        of_rows = tuple({key: c[rows] for key, c in side.items()} for side in coefficients)
+        run.differentiate(
+            tile, student, teacher, {key: value[rows] for key, value in s.items()}, of_rows, row_gradients
+        )
+    return run.gradients()
+
+
+def _frozen_gradient(run: Run, s: Statistics, d: Tensor, upstream: Tensor) -> Tensor:
+    """sum_k upstream_k (alpha_k D + beta_k d_y W_y): no product, see :func:`frozen_mix`."""
+    alpha, beta = (upstream.new_tensor(mix) for mix in zip(*frozen_mix(run.problem), strict=True))
+    out = d * (alpha @ upstream).to(run.dtype)[:, None]
+    if beta.any():
+        head = run.student
+        slope = head.outer.double()
+        if head.inner is not None:
+            slope = slope * head.inner * (1 - ((s["target"] + s["max"]) / slope) ** 2)
+        targets = run.targets.clamp(0, run.columns - 1)
+        out += (beta @ upstream * run.live_values(slope)).to(run.dtype)[:, None] * head.weight[targets].to(run.dtype)
+    return out
+
+
+def frozen_mix(problem: Problem) -> list[tuple[float, float]] | None:
+    """Per channel (alpha, beta): its gradient is alpha D + beta d_y W_y with D that of the first; None: it is not.
+
+    logprob = target_logit - lse, so one D serves all three.
+    """
+    if len(problem.channels) == 1:
+        return [(1.0, 0.0)]
+    mixes = {"LogProb": (1.0, 0.0), "TargetLogit": (0.0, 1.0), "LogSumExp": (-1.0, 1.0)}
+    names = [problem.terms[channel[0][1]].encode()[0] for channel in problem.channels]
+    if names[0] != "LogProb" or not set(names) <= set(mixes):
+        return None
+    return [mixes[name] for name in names]
+
+
+def statistic_names(problem: Problem) -> list:
+    """Keys of the statistics of a problem, in the order in which they are kept for backward."""
+    wanted = frozenset().union(*(term.wanted for term in problem.terms))
+    names: list = ["max", "log_sum"]
+    names += ["target"] if problem.targets != ABSENT else []
+    names += ["entropy"] if "entropy" in wanted else []
+    names += ["log_collision"] if "collision" in wanted else []
+    names += ["weighted", "mass"] if "weighted" in wanted else []
+    if problem.teacher is not None:
+        names += ["teacher_max", "teacher_log_sum"]
+        names += ["forward_kl", "reverse_kl"] if "moments" in wanted else []
+        generic = sorted({term.generic for term in problem.terms if getattr(term, "generic", None) is not None})
+        names += [(key, part) for key in generic for part in ("value", "slope")]
+        if any(problem.teacher.wants_grad):
+            adjoints = {term.adjoint.generic for term in problem.terms if hasattr(term, "adjoint")} - {None}
+            names += [("teacher", key, "slope") for key in sorted(adjoints)]
+    return names
+
+
+def compute_dtype(problem: Problem, tensors: list[Tensor]) -> torch.dtype:
+    """float64 if an input is, else float32."""
+    heads = [problem.student] if problem.teacher is None else [problem.student, problem.teacher]
+    double = any(tensors[head.inputs[0]].dtype == torch.float64 for head in heads)
+    return torch.float64 if double else torch.float32
+
+
+def true_columns(problem: Problem, tensors: list[Tensor]) -> int:
+    """The true vocabulary size."""
+    head = problem.student
+    if head.vocab_size is not None:
+        return head.vocab_size
+    return tensors[head.inputs[1]].shape[0] if head.linear else tensors[head.inputs[0]].shape[1]
+
+
+def _side(head: LinearHead | DenseHead) -> Side:
+    wants = head.spec.wants_grad
+    if not head.spec.linear:
+        return Side(0, head.logits.element_size(), head.buffered, wants[0], False)
+    return Side(head.hidden.shape[1], head.hidden.element_size(), True, wants[0], wants[1] or wants[2])
+
+
+def _nonzero(denominator: Tensor) -> Tensor:
+    """A denominator of 0 (every token ignored) divides by 1: the sum is 0 then."""
+    return torch.where(denominator == 0, 1, denominator)

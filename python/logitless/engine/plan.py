@@ -1,0 +1,331 @@
+"""The planner: how the engine walks over tokens x vocabulary within a budget of bytes. Pure functions of sizes.
+
+G is one product of [N, H, V]. A *pass* visits tiles of some rows and some columns; what a strategy needs:
+
+=========  ===============================================  ===========================  ============================
+strategy   passes                                           products (two heads)         kept for backward
+=========  ===============================================  ===========================  ============================
+forward    statistics                                       1G (2G)                      nothing
+eager      statistics and gradient of whole rows            3G (4G)                      the gradients themselves
+recompute  statistics; gradient in backward                 4G (6G)                      O(N)
+frozen     statistics and gradient of hidden, whole rows    2G (3G)                      [N, H]
+stash      recompute, with the logits of some rows kept     between eager and recompute  chunks of logits
+=========  ===============================================  ===========================  ============================
+
+Passes that need whole rows walk over row blocks. The others take as many rows as they can and walk over the vocabulary:
+each slice of the weight is then read, and each slice of its gradient written, once.
+
+The cost model is ``flops / machine.flops + bytes / machine.bandwidth + touched bytes / machine.touch + tiles *
+machine.overhead``: enough to weigh chunk sizes, not a promise of seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the cost model knows of a device: rates in FLOP/s and bytes/s, seconds per tile, default cap in bytes."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    touch: float  # first touch of fresh memory
+    overhead: float
+    cap: int
+
+
+def cpu(threads: int) -> Machine:
+    """A server core with AVX-512, times ``threads``: rates as measured with two threads on a Xeon of 2023."""
+    return Machine(f"cpu, {threads} threads", 1.5e11 * threads, 1.2e10 * threads, 7e9 * threads, 1e-3, 256 * MIB)
+
+
+def gpu(dtype_bytes: int) -> Machine:
+    """Of the order of an H100: 700 TFLOP/s in 16 bits, 50 in 32, 3 TB/s. Not yet measured."""
+    return Machine("gpu", 7e14 if dtype_bytes == 2 else 5e13, 3e12, math.inf, 2e-5, 1024 * MIB)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One head: hidden size (0 for materialised logits), bytes per input element, whether tiles need a buffer."""
+
+    hidden: int
+    itemsize: int
+    buffered: bool = True
+    hidden_grad: bool = False
+    weight_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that planning depends on."""
+
+    tokens: int
+    vocab: int
+    student: Side
+    teacher: Side | None = None
+    itemsize: int = 4  # of the compute type
+    per_row: bool = False  # results per token, upstream gradient known only in backward
+    one_scalar: bool = True  # per row, one upstream scalar decides the gradient of hidden: frozen is possible
+    whole_rows: bool = False  # statistics need whole rows (generic divergences, row functions)
+    scratch: int = 0  # further [rows, columns] buffers (row functions, separate outputs)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return (self.student,) if self.teacher is None else (self.student, self.teacher)
+
+    @property
+    def gradient(self) -> bool:
+        return any(side.hidden_grad or side.weight_grad for side in self.sides)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Blocks of one pass."""
+
+    rows: int
+    columns: int
+
+    def row_blocks(self, start: int, stop: int) -> Iterator[slice]:
+        """Balanced blocks of at most ``rows`` of [start, stop)."""
+        return _balanced(start, stop, self.rows)
+
+    def column_blocks(self, vocab: int) -> Iterator[slice]:
+        for start in range(0, vocab, self.columns):
+            yield slice(start, min(start + self.columns, vocab))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy with its tiles and what they cost."""
+
+    strategy: str
+    forward: Tiling
+    backward: Tiling | None  # of a separate gradient pass
+    stash_rows: int
+    upcast: int  # columns whose low-precision weights are upcast at a time
+    workspace: int  # bytes of chunk buffers
+    accumulators: int  # bytes of float32 sums for low-precision gradients
+    state: int  # bytes kept for backward besides gradients
+    products: float  # in G
+    seconds: float
+
+
+def plan(shape: Shape, machine: Machine, strategy: str = "auto", workspace: int | None = None) -> Plan:
+    """The cheapest plan within ``workspace`` bytes; by default the smallest within 5% of the best below the cap.
+
+    Raises:
+        ValueError: ``strategy`` cannot serve this shape, or ``workspace`` is too small for one row.
+    """
+    strategies = applicable(shape)
+    if strategy != "auto":
+        if strategy not in strategies:
+            raise ValueError(f"strategy: {strategy!r} {_REASONS[strategy]}; here: auto, {', '.join(strategies)}")
+        strategies = [strategy]
+    elif "eager" in strategies:
+        strategies = ["eager"]  # fewer products than any other
+    if workspace is not None:
+        plans = _plans(shape, machine, strategies, workspace)
+        if not plans:
+            least = _least(shape, strategies)
+            raise ValueError(f"workspace: {workspace} bytes are too few, this needs at least {least}")
+        return min(plans, key=lambda p: p.seconds)
+    sizes = [size for size in _SIZES if size <= machine.cap]
+    while not (plans := [p for size in sizes for p in _plans(shape, machine, strategies, size)]):
+        sizes.append(2 * sizes[-1])  # a vocabulary of which one row exceeds the cap
+    best = min(p.seconds for p in plans)
+    return min((p for p in plans if p.seconds <= 1.05 * best), key=lambda p: (p.workspace, p.seconds))
+
+
+_SIZES = [round(MIB * 2 ** (step / 2)) for step in range(0, 30)]
+_REASONS = {
+    "forward": "is for results without gradient",
+    "eager": "needs a reduced loss (its gradient is formed in the forward pass)",
+    "recompute": "needs a gradient",
+    "frozen": "needs a weight without gradient and one upstream scalar per row",
+    "stash": "needs a gradient",
+}
+
+
+def applicable(shape: Shape) -> list[str]:
+    """The strategies that can serve a shape."""
+    if not shape.gradient:
+        return ["forward"]
+    found = [] if shape.per_row else ["eager"]
+    found += ["recompute", "stash"]
+    student_only = shape.teacher is None or not (shape.teacher.hidden_grad or shape.teacher.weight_grad)
+    if shape.one_scalar and shape.student.hidden and not shape.student.weight_grad and student_only:
+        found.append("frozen")
+    return found
+
+
+def _plans(shape: Shape, machine: Machine, strategies: list[str], budget: int) -> list[Plan]:
+    makers = {"forward": _forward, "eager": _eager, "frozen": _eager, "recompute": _recompute, "stash": _stash}
+    plans = [makers[strategy](shape, machine, strategy, budget) for strategy in strategies]
+    return [p for p in plans if p is not None]
+
+
+def _forward(shape: Shape, machine: Machine, strategy: str, budget: int) -> Plan | None:
+    tiling = _whole_tiling(shape, budget) if shape.whole_rows else _sliced_tiling(shape, machine, budget)
+    return tiling and _priced(shape, machine, strategy, tiling, None, 0, budget)
+
+
+def _eager(shape: Shape, machine: Machine, strategy: str, budget: int) -> Plan | None:
+    tiling = _whole_tiling(shape, budget)
+    return tiling and _priced(shape, machine, strategy, tiling, None, 0, budget)
+
+
+def _recompute(shape: Shape, machine: Machine, strategy: str, budget: int, stash_rows: int = 0) -> Plan | None:
+    rest = budget - stash_rows * _row_bytes(shape)
+    forward = _whole_tiling(shape, rest) if shape.whole_rows else _sliced_tiling(shape, machine, rest)
+    # a row function differentiates whole rows, and it has scratch
+    backward = _whole_tiling(shape, rest) if shape.scratch > 1 else _sliced_tiling(shape, machine, rest)
+    if forward is None or backward is None:
+        return None
+    return _priced(shape, machine, strategy, forward, backward, stash_rows, budget)
+
+
+def _stash(shape: Shape, machine: Machine, strategy: str, budget: int) -> Plan | None:
+    """Three quarters of the budget keep logits, as far as whole rows fit; the rest is for tiles."""
+    buffered = any(side.buffered for side in shape.sides)
+    stash_rows = min(shape.tokens, budget * 3 // 4 // _row_bytes(shape)) if buffered else 0
+    return _recompute(shape, machine, strategy, budget, stash_rows)
+
+
+def _row_bytes(shape: Shape) -> int:
+    """Of the logits of one row, of all buffered heads."""
+    return max(1, sum(side.buffered for side in shape.sides)) * shape.vocab * shape.itemsize
+
+
+def _upcast(shape: Shape, budget: int) -> tuple[int, int]:
+    """(columns, bytes) of weight upcast at a time where inputs have low precision: an eighth of the budget, at most 16 MiB,
+    so that the allocator hands out the same, already touched memory every time."""
+    low = [side.hidden for side in shape.sides if side.hidden and side.itemsize < shape.itemsize]
+    if not low:
+        return shape.vocab, 0
+    width = max(low) * shape.itemsize
+    columns = max(1, min(shape.vocab, min(budget // 8, 16 * MIB) // width))
+    return columns, columns * width
+
+
+def _low_hidden_bytes(shape: Shape) -> int:
+    """Of the upcast hidden states of one row."""
+    low = [side.hidden for side in shape.sides if side.hidden and side.itemsize < shape.itemsize]
+    return sum(low) * shape.itemsize
+
+
+def _buffers(shape: Shape) -> int:
+    return sum(side.buffered for side in shape.sides) + shape.scratch
+
+
+def _whole_tiling(shape: Shape, budget: int) -> Tiling | None:
+    room = budget - _upcast(shape, budget)[1]
+    per_row = _buffers(shape) * shape.vocab * shape.itemsize + _low_hidden_bytes(shape)
+    rows = room // per_row if per_row else shape.tokens
+    return Tiling(min(rows, max(1, shape.tokens)), shape.vocab) if rows >= 1 else None
+
+
+def _sliced_tiling(shape: Shape, machine: Machine, budget: int) -> Tiling | None:
+    """The fewest row blocks whose slices are still wide enough for efficient products."""
+    room = budget - _upcast(shape, budget)[1]
+    element = max(1, _buffers(shape)) * shape.itemsize
+    narrow = min(shape.vocab, 1024)
+    rows = max(1, shape.tokens)
+    while rows > 1 and rows * (element * narrow + _low_hidden_bytes(shape)) > room:
+        rows = -(-rows // 2)
+    columns = (room - rows * _low_hidden_bytes(shape)) // (rows * element)
+    if columns < 1:
+        return None
+    if columns < shape.vocab:  # whole cache lines, and balanced slices
+        blocks = -(-shape.vocab // columns)
+        columns = min(columns, -(-shape.vocab // blocks // 16) * 16)
+    return Tiling(rows, min(columns, shape.vocab))
+
+
+def _least(shape: Shape, strategies: list[str]) -> int:
+    """The smallest budget for which some strategy has a plan, by bisection."""
+    machine = cpu(1)
+    high = 1
+    while not _plans(shape, machine, strategies, high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _plans(shape, machine, strategies, middle) else (middle, high)
+    return high
+
+
+def _priced(
+    shape: Shape, machine: Machine, strategy: str, forward: Tiling, backward: Tiling | None, stash_rows: int, budget: int
+) -> Plan:
+    n, v = shape.tokens, shape.vocab
+    upcast, upcast_bytes = _upcast(shape, budget)
+    fused = strategy in ("eager", "frozen")
+    gradient_pass = forward if fused else backward
+    flops = traffic = accumulators = 0.0
+    products = 0.0
+    tiles = 0
+    for tiling in (forward, backward):
+        if tiling is not None:
+            tiles += _count(n, tiling.rows) * _count(v, tiling.columns)
+    for side in shape.sides:
+        if not side.hidden:
+            continue
+        g = 2.0 * n * side.hidden * v
+        read = v * side.hidden * (side.itemsize + (2 * shape.itemsize if side.itemsize < shape.itemsize else 0))
+        products += 1
+        flops += g
+        traffic += _count(n, forward.rows) * read
+        if backward is not None:
+            share = 1 - stash_rows / max(n, 1)
+            products += share
+            flops += share * g
+            traffic += _count(n, backward.rows) * read
+        if gradient_pass is None:
+            continue
+        row_blocks = _count(n, gradient_pass.rows)
+        column_blocks = _count(v, gradient_pass.columns)
+        if side.hidden_grad:
+            products += 1
+            flops += g
+            traffic += row_blocks * read + 2 * column_blocks * n * side.hidden * shape.itemsize
+            if side.itemsize < shape.itemsize:
+                accumulators += n * side.hidden * shape.itemsize
+        if side.weight_grad and strategy != "frozen":
+            products += 1
+            flops += g
+            traffic += 2 * row_blocks * v * side.hidden * shape.itemsize
+            if side.itemsize < shape.itemsize and row_blocks > 1:
+                accumulators += v * side.hidden * shape.itemsize
+    sweeps = 2 + (4 if gradient_pass is not None else 0) + (1 if backward is not None else 0)
+    traffic += sweeps * len(shape.sides) * n * v * shape.itemsize
+    tiles_bytes = max(
+        t.rows * (_buffers(shape) * t.columns * shape.itemsize + _low_hidden_bytes(shape))
+        for t in (forward, backward)
+        if t is not None
+    )
+    workspace = tiles_bytes + upcast_bytes + stash_rows * _row_bytes(shape)
+    state = 0
+    if strategy == "frozen":
+        state = n * shape.student.hidden * shape.itemsize
+    elif backward is not None:
+        state = 64 * n
+    seconds = flops / machine.flops + traffic / machine.bandwidth + workspace / machine.touch + tiles * machine.overhead
+    return Plan(
+        strategy, forward, backward, stash_rows, upcast, workspace, int(accumulators), state, products, seconds
+    )
+
+
+def _count(total: int, block: int) -> int:
+    return -(-total // block) if total else 0
+
+
+def _balanced(start: int, stop: int, block: int) -> Iterator[slice]:
+    blocks = _count(stop - start, block)
+    for i in range(blocks):
+        yield slice(start + (stop - start) * i // blocks, start + (stop - start) * (i + 1) // blocks)

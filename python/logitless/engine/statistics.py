@@ -1,0 +1,133 @@
+"""Accumulators of row kernels are merged across columns here, and finished into statistics: once, for every backend.
+
+The fields of the accumulators are listed in :mod:`logitless.backends`. Everything is float64, [rows].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from logitless.backends import Normalizers
+
+Statistics = dict[object, Tensor]  # by name; (divergence, "value" or "slope") for what generic kernels found
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """What a term may read of some rows: statistics, and what depends on the inputs alone."""
+
+    statistics: Statistics
+    columns: int  # V
+    temperature: Tensor  # the student's, [rows] or a scalar tensor
+    class_weight: Tensor | float = 1.0  # that of the target, [rows]
+
+    def __getitem__(self, name: object) -> Tensor:
+        return self.statistics[name]
+
+
+class Coefficients(dict):
+    """Per-row coefficients by basis element: a name of ``backends.BASIS``, (divergence, parameters), or a row function."""
+
+    def add(self, key: object, value: Tensor) -> None:
+        self[key] = self[key] + value if key in self else value
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """Joins the accumulators of two column ranges of the same rows. ``argmax`` counts from the same column in both."""
+    shift_a, shift_b, merged = _join_maxima(a["max"], b["max"])
+    out = {"max": merged, "sum": a["sum"] * _factor(shift_a) + b["sum"] * _factor(shift_b)}
+    if "target" in a:
+        out["target"] = a["target"] + b["target"]
+    if "first" in a:
+        out["first"] = sum(
+            _times(_factor(shift), x["first"] + _finite(shift) * x["sum"]) for x, shift in ((a, shift_a), (b, shift_b))
+        )
+    if "square" in a:
+        out["square"] = a["square"] * _factor(2 * shift_a) + b["square"] * _factor(2 * shift_b)
+    if "weighted" in a:
+        out["mass"] = a["mass"] + b["mass"]
+        out["weighted"] = sum(
+            x["weighted"] + _finite(shift) * x["mass"] for x, shift in ((a, shift_a), (b, shift_b))
+        )
+    if "argmax" in a:
+        out["argmax"] = torch.where(b["max"] > a["max"], b["argmax"], a["argmax"])
+    if "teacher_max" in a:
+        teacher_a, teacher_b, teacher = _join_maxima(a["teacher_max"], b["teacher_max"])
+        out["teacher_max"] = teacher
+        out["teacher_sum"] = a["teacher_sum"] * _factor(teacher_a) + b["teacher_sum"] * _factor(teacher_b)
+        if "forward" in a:
+            parts = ((a, shift_a, teacher_a), (b, shift_b, teacher_b))
+            out["forward"] = sum(
+                _times(_factor(t), x["forward"] + x["teacher_sum"] * (_finite(t) - _finite(s))) for x, s, t in parts
+            )
+            out["reverse"] = sum(
+                _times(_factor(s), x["reverse"] + x["sum"] * (_finite(t) - _finite(s))) for x, s, t in parts
+            )
+    return out
+
+
+def finish(a: Statistics) -> Statistics:
+    """Statistics of whole rows from their accumulators.
+
+    ``max``, ``log_sum`` (lse = max + log_sum), ``target`` (s_y - max), ``entropy``, ``log_collision`` (log sum q^2),
+    ``weighted`` (sum_j w_j (s_j - max)), ``mass`` (sum_j w_j), ``argmax``, ``teacher_max``, ``teacher_log_sum``,
+    ``forward_kl``, ``reverse_kl``.
+    """
+    out = {"max": a["max"], "log_sum": a["sum"].log()}
+    if "target" in a:
+        out["target"] = a["target"] - _finite(a["max"])
+    if "first" in a:
+        out["entropy"] = out["log_sum"] - a["first"] / a["sum"]
+    if "square" in a:
+        out["log_collision"] = a["square"].log() - 2 * out["log_sum"]
+    for name in ("weighted", "mass", "argmax"):
+        if name in a:
+            out[name] = a[name]
+    if "teacher_max" in a:
+        out["teacher_max"] = a["teacher_max"]
+        out["teacher_log_sum"] = a["teacher_sum"].log()
+        if "forward" in a:
+            out["forward_kl"] = a["forward"] / a["teacher_sum"] - out["teacher_log_sum"] + out["log_sum"]
+            out["reverse_kl"] = -a["reverse"] / a["sum"] - out["log_sum"] + out["teacher_log_sum"]
+    return out
+
+
+def exchange(s: Statistics) -> Statistics:
+    """The statistics with student and teacher exchanged: what a gradient of the teacher's logits reads."""
+    out = {
+        "max": s["teacher_max"],
+        "log_sum": s["teacher_log_sum"],
+        "teacher_max": s["max"],
+        "teacher_log_sum": s["log_sum"],
+    }
+    if "forward_kl" in s:
+        out |= {"forward_kl": s["reverse_kl"], "reverse_kl": s["forward_kl"]}
+    return out
+
+
+def normalizers(s: Statistics, dtype: torch.dtype) -> Normalizers:
+    def cast(name: str) -> Tensor | None:
+        return s[name].to(dtype) if name in s else None
+
+    return Normalizers(cast("max"), cast("log_sum"), cast("teacher_max"), cast("teacher_log_sum"))
+
+
+def _join_maxima(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    merged = torch.maximum(a, b)
+    return a - _finite(merged), b - _finite(merged), merged
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x == -torch.inf, 0, x)
+
+
+def _factor(shift: Tensor) -> Tensor:
+    """e^shift; shift is -inf where a range holds nothing but masked columns."""
+    return shift.exp()
+
+
+def _times(factor: Tensor, other: Tensor) -> Tensor:
+    return torch.where(factor == 0, 0, factor * other)

@@ -1,0 +1,170 @@
+"""Evaluation of an objective: inputs checked and flattened, one pass of the engine, results shaped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from logitless.engine import library
+from logitless.engine.problem import PRODUCTS, STRATEGIES, Problem, Request
+from logitless.logits import (
+    Logits,
+    check_constant,
+    check_logits,
+    check_number,
+    check_pair,
+    check_per_token,
+    check_targets,
+)
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """``loss`` (0-d, or [...] for reduction="none"); ``terms``: each term's own value by name, unscaled, reduced alike,
+    without gradient; ``metrics``: "tokens", how many were not ignored."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+def evaluate(
+    objective,
+    student: Logits,
+    *,
+    targets: Tensor | None,
+    teacher: Logits | None,
+    weights: Tensor | None,
+    reduction: str,
+    denominator: float | Tensor | None,
+    ignore_index: int,
+    teacher_grad: bool,
+    compact: bool | None,
+    strategy: str,
+    product: str,
+    workspace: int | str,
+) -> LossResult:
+    """See ``Objective.__call__``."""
+    check_logits("student", student)
+    terms = [term for _, term in objective.terms]
+    if not terms:
+        raise ValueError("objective: has no terms")
+    if targets is not None:
+        check_targets(targets, student)
+    elif needy := [term.name for term in terms if term.needs_targets]:
+        raise ValueError(f"targets: needed by {', '.join(needy)}")
+    if teacher is not None:
+        check_logits("teacher", teacher)
+        check_pair(student, teacher)
+    elif needy := [term.name for term in terms if term.needs_teacher]:
+        raise ValueError(f"teacher: needed by {', '.join(needy)}")
+    if weights is not None:
+        check_per_token("weights", weights, student)
+    check_reduction(reduction, denominator)
+    workspace_bytes = check_execution(ignore_index, compact, strategy, product, workspace)
+    if not any(term.needs_teacher for term in terms):
+        teacher = None
+
+    request = Request()
+    per_row = reduction == "none" or strategy in ("recompute", "frozen", "stash")
+    head = request.head(student)
+    problem = Problem(
+        student=head,
+        teacher=None if teacher is None else request.head(teacher, differentiable=teacher_grad),
+        terms=tuple(terms),
+        channels=(tuple([(float(scale), i) for i, (scale, _) in enumerate(objective.terms)]),),
+        targets=request.place(None if targets is None else targets.reshape(-1)),
+        weights=request.place(None if weights is None else weights.reshape(-1)),
+        class_weights=request.place(class_weights_of(terms, student)),
+        denominators=request.place(denominator if reduction == "mean" and isinstance(denominator, Tensor) else None),
+        denominator=None if denominator is None or isinstance(denominator, Tensor) else float(denominator),
+        mean=reduction == "mean",
+        ignore_index=ignore_index,
+        compact=compact,
+        strategy=strategy,
+        workspace=workspace_bytes,
+    )
+    if not per_row:
+        loss, values, tokens = library.loss(problem, request.tensors)
+    else:
+        channels, values, _ = library.rows(resolved(problem, one_scalar=True), request.tensors)
+        loss = channels[0]
+        if targets is None:
+            tokens = torch.tensor(student.shape.numel())
+        else:
+            tokens = (targets != ignore_index).sum()
+        if reduction == "none":
+            loss, values = loss.view(student.shape), values.view(len(terms), *student.shape)
+        else:
+            loss, values = loss.sum(), values.sum(1)
+    return LossResult(loss, dict(zip(objective.names, values.unbind(0), strict=True)), {"tokens": tokens})
+
+
+def resolved(problem: Problem, one_scalar: bool) -> Problem:
+    """While compiling, the strategy is decided from what is static, so that the shape of the kept state is known.
+
+    A stash, whose size depends on sizes, is not kept then: its rows are recomputed.
+    """
+    if problem.strategy not in ("auto", "stash") or not torch.compiler.is_compiling():
+        return problem
+    head = problem.student
+    teacher_grad = problem.teacher is not None and any(problem.teacher.wants_grad)
+    if not any(head.wants_grad) and not teacher_grad:
+        return problem
+    frozen = one_scalar and head.wants_grad == (True, False, False) and not teacher_grad
+    return replace(problem, strategy="frozen" if frozen and problem.strategy == "auto" else "recompute")
+
+
+def class_weights_of(terms: list, student: Logits) -> Tensor | None:
+    """The class weights of an objective, checked against the vocabulary; all terms must share one tensor."""
+    found = [term.class_weights for term in terms if getattr(term, "class_weights", None) is not None]
+    if not found:
+        return None
+    if any(weights is not found[0] for weights in found):
+        raise ValueError("class_weights: the terms of one objective must share one tensor")
+    smoothed = [term for term in terms if getattr(term, "label_smoothing", 0.0)]
+    if any(term.class_weights is None for term in smoothed):
+        raise ValueError("class_weights: the smoothed terms of one objective must share one tensor")
+    if list(found[0].shape) != [student.columns]:
+        raise ValueError(f"class_weights: needs the shape [{student.columns}], got {list(found[0].shape)}")
+    if found[0].device != student.device:
+        raise ValueError(f"class_weights: on {found[0].device}, the logits are on {student.device}")
+    return found[0]
+
+
+def check_reduction(reduction: object, denominator: object) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if denominator is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"denominator: is for reduction='mean', got {reduction!r}")
+    if isinstance(denominator, Tensor):
+        if denominator.dim() != 0:
+            raise ValueError(f"denominator: a number or 0-d tensor, got the shape {list(denominator.shape)}")
+        check_constant("denominator", denominator)
+    else:
+        check_number("denominator", denominator, above=0)
+
+
+def check_execution(ignore_index: object, compact: object, strategy: object, product: object, workspace: object):
+    """Checks how an operation is to run; returns the workspace in bytes, None for "auto"."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: an integer, got {type(ignore_index).__name__}")
+    if compact is not None and not isinstance(compact, bool):
+        raise TypeError(f"compact: True, False or None, got {type(compact).__name__}")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if product not in PRODUCTS:
+        raise ValueError(f"product: one of {', '.join(PRODUCTS)}, got {product!r}")
+    if workspace == "auto":
+        return None
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise TypeError(f"workspace: bytes as an integer, or 'auto', got {workspace!r}")
+    if workspace <= 0:
+        raise ValueError(f"workspace: must be positive, got {workspace}")
+    return workspace
