@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def pairwise(factors: dict[str, list], valid: Callable[[dict], bool], seed: int = 0) -> list[dict]:
-    """Cases {factor: level} that together hold every pair of levels that some valid case holds; greedy, deterministic."""
+    """Cases {factor: level} that together hold every pair of levels that a valid case holds; greedy, deterministic."""
     rng = random.Random(seed)
     names = list(factors)
     missing = {

@@ -9,12 +9,12 @@ those over several draws of the inputs.
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
-from pairwise import pairwise, sample
 from torch import Tensor
 
 import logitless as ll
+import reference
+from pairwise import pairwise, sample
 
 TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

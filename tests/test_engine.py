@@ -131,7 +131,7 @@ def test_empty_batch(backend: str) -> None:
 
 @pytest.mark.parametrize("masked", ["student", "teacher", "both"])
 def test_masked_columns(backend: str, masked: str) -> None:
-    """-inf in a bias: probability exactly 0, and neither values nor gradients turn NaN where the divergence is finite."""
+    """-inf in a bias: probability exactly 0, and no NaN in values and gradients where the divergence is finite."""
     n, h, v = 12, 8, 600
     hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
     student_bias, teacher_bias = torch.zeros(v), torch.zeros(v)
@@ -161,7 +161,7 @@ def test_masked_columns(backend: str, masked: str) -> None:
 
 @pytest.mark.parametrize("offset", [-1e4, -110.0, 1e4])
 def test_shift_invariance(backend: str, offset: float) -> None:
-    """A common offset of a row of logits changes only what depends on it. Inputs are multiples of 2^-6: sums are exact."""
+    """A common offset of a row changes only what depends on it. Inputs are multiples of 2^-6: sums are exact."""
     s = (torch.randn(8, 500) * 64).round() / 64
     t = (torch.randn(8, 500) * 64).round() / 64
     targets = torch.randint(0, 500, (8,))

@@ -1,14 +1,14 @@
-"""``logprobs``: every statistic and their gradients together, against the dense definitions (bar as in test_contract)."""
+"""``logprobs``: every statistic and their gradients together, against dense definitions (bar as in test_contract)."""
 
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
-from pairwise import pairwise
-from test_contract import TYPES, identify, within_bar
 
 import logitless as ll
+import reference
+from pairwise import pairwise
+from test_contract import TYPES, identify, within_bar
 
 FACTORS = {
     "dtype": list(TYPES),
@@ -38,72 +38,78 @@ def valid(case: dict) -> bool:
 def test_logprobs(backend: str, case: dict) -> None:
     if backend == "cpu" and case["dtype"] == "float64":
         pytest.skip("the C++ kernels compute in float32; float64 is the torch backend's")
-    n, h, v = case["shape"]
-    dtype = TYPES[case["dtype"]]
+    n, _, v = case["shape"]
     results: dict[str, list] = {}
     for _ in range(8 if n * v < 2000 else 1):
-        if case["student"] == "dense":
-            inputs = [2 * torch.randn(n, v).to(dtype)]
-        else:
-            inputs = [torch.randn(n, h).to(dtype), (2 * h**-0.5 * torch.randn(v, h)).to(dtype)]
-            inputs += [torch.randn(v).to(dtype)] if case["bias"] else []
-        wants = [case["strategy"] != "forward" and (i == 0 or not case["frozen_head"]) for i in range(len(inputs))]
-        targets = torch.randint(0, v, (n,))
-        if case["ignored"]:
-            targets[::3] = -100
-        names = ["logprob", "lse", "target_logit", *case["wanted"]]
-        upstream = {name: torch.randn(n, dtype=torch.float64) for name in names}
-        if case["upstream"] == "logprob":
-            upstream = {name: u * (name == "logprob") for name, u in upstream.items()}
-
-        def ours():
-            leaves = [x.clone().requires_grad_(want) for x, want in zip(inputs, wants, strict=True)]
-            logits = (ll.DenseLogits if len(leaves) == 1 else ll.LinearLogits)(*leaves, **case["options"])
-            stats = ll.logprobs(
-                logits,
-                targets,
-                **{name: True for name in case["wanted"]},
-                strategy=case["strategy"],
-                compact=case["compact"],
-                workspace="auto" if case["workspace"] == "auto" else 12 * v + 20000,
-            )
-            assert (stats.entropy is None) == ("entropy" not in case["wanted"])
-            assert (stats.collision is None) == ("collision" not in case["wanted"])
-            found = {name: getattr(stats, name) for name in names}
-            live = targets != -100
-            with torch.no_grad():
-                s = _dense(leaves, torch.float64, case["options"])[1]
-                assert torch.equal(stats.argmax[live], s.argmax(-1)[live])
-                within_bar("max", stats.max_logit[live], s.amax(-1)[live], s.float().amax(-1)[live])
-            assert not stats.max_logit[~live].any() and not stats.argmax[~live].any()
-            return found, leaves
-
-        def dense(kind: torch.dtype):
-            leaves, s = _dense(inputs, kind, case["options"], wants)
-            live = targets != -100
-            found = {}
-            for name in names:
-                full = torch.zeros(n, dtype=kind)
-                row = getattr(reference, name)
-                full[live] = row(s[live], targets[live]) if name in ("logprob", "target_logit") else row(s[live])
-                found[name] = full
-            return found, leaves
-
-        outcomes = []
-        for values, leaves in (ours(), dense(torch.float64), dense(torch.float32)):
-            total = sum((values[name] * upstream[name].to(values[name].dtype)).sum() for name in names)
-            outcome = {name: value.detach() for name, value in values.items()}
-            wanted = [x for x in leaves if x.requires_grad]
-            gradients = torch.autograd.grad(total, wanted) if wanted else ()
-            outcomes.append(outcome | {f"gradient {i}": g for i, g in enumerate(gradients)})
-        for name, found in outcomes[0].items():
-            exact, baseline = outcomes[1][name], outcomes[2][name]
-            if name.startswith("gradient"):
-                assert found.dtype == dtype
-                baseline = baseline.to(dtype)
-            results.setdefault(name, []).append((found, exact, baseline))
+        ours, truth, baseline = draw(case)
+        for name, found in ours.items():
+            results.setdefault(name, []).append((found, truth[name], baseline[name]))
     for name, draws in results.items():
         within_bar(name, *(torch.stack(parts) for parts in zip(*draws, strict=True)))
+
+
+def draw(case: dict) -> list[dict]:
+    """Values and gradients of one draw of inputs: ours, float64, and torch on materialised float32 logits."""
+    n, h, v = case["shape"]
+    dtype = TYPES[case["dtype"]]
+    if case["student"] == "dense":
+        inputs = [2 * torch.randn(n, v).to(dtype)]
+    else:
+        inputs = [torch.randn(n, h).to(dtype), (2 * h**-0.5 * torch.randn(v, h)).to(dtype)]
+        inputs += [torch.randn(v).to(dtype)] if case["bias"] else []
+    wants = [case["strategy"] != "forward" and (i == 0 or not case["frozen_head"]) for i in range(len(inputs))]
+    targets = torch.randint(0, v, (n,))
+    if case["ignored"]:
+        targets[::3] = -100
+    names = ["logprob", "lse", "target_logit", *case["wanted"]]
+    upstream = {name: torch.randn(n, dtype=torch.float64) for name in names}
+    if case["upstream"] == "logprob":
+        upstream = {name: u * (name == "logprob") for name, u in upstream.items()}
+
+    def ours():
+        leaves = [x.clone().requires_grad_(want) for x, want in zip(inputs, wants, strict=True)]
+        logits = (ll.DenseLogits if len(leaves) == 1 else ll.LinearLogits)(*leaves, **case["options"])
+        stats = ll.logprobs(
+            logits,
+            targets,
+            **{name: True for name in case["wanted"]},
+            strategy=case["strategy"],
+            compact=case["compact"],
+            workspace="auto" if case["workspace"] == "auto" else 12 * v + 20000,
+        )
+        assert (stats.entropy is None) == ("entropy" not in case["wanted"])
+        assert (stats.collision is None) == ("collision" not in case["wanted"])
+        found = {name: getattr(stats, name) for name in names}
+        live = targets != -100
+        with torch.no_grad():
+            s = _dense(leaves, torch.float64, case["options"])[1]
+            assert torch.equal(stats.argmax[live], s.argmax(-1)[live])
+            within_bar("max", stats.max_logit[live], s.amax(-1)[live], s.float().amax(-1)[live])
+        assert not stats.max_logit[~live].any() and not stats.argmax[~live].any()
+        return found, leaves
+
+    def dense(kind: torch.dtype):
+        leaves, s = _dense(inputs, kind, case["options"], wants)
+        live = targets != -100
+        found = {}
+        for name in names:
+            full = torch.zeros(n, dtype=kind)
+            row = getattr(reference, name)
+            full[live] = row(s[live], targets[live]) if name in ("logprob", "target_logit") else row(s[live])
+            found[name] = full
+        return found, leaves
+
+    outcomes = []
+    for values, leaves in (ours(), dense(torch.float64), dense(torch.float32)):
+        total = sum((values[name] * upstream[name].to(values[name].dtype)).sum() for name in names)
+        outcome = {name: value.detach() for name, value in values.items()}
+        wanted = [x for x in leaves if x.requires_grad]
+        gradients = torch.autograd.grad(total, wanted) if wanted else ()
+        outcomes.append(outcome | {f"gradient {i}": g for i, g in enumerate(gradients)})
+    for i in range(sum(wants)):
+        assert outcomes[0][f"gradient {i}"].dtype == dtype
+        outcomes[2][f"gradient {i}"] = outcomes[2][f"gradient {i}"].to(dtype)
+    return outcomes
 
 
 def _dense(inputs, dtype, options, wants=None):

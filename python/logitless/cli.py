@@ -187,7 +187,7 @@ def shape(arguments: argparse.Namespace) -> Shape:
 def machine(arguments: argparse.Namespace) -> Machine:
     """The cost model's machine."""
     if arguments.device == "gpu":
-        return planning.gpu(ITEMSIZE[arguments.dtype])
+        return planning.gpu()
     return planning.cpu(arguments.threads or torch.get_num_threads())
 
 

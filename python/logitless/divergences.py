@@ -5,9 +5,9 @@ A divergence is one row of :data:`TABLE`. Its *family* says how it is computed (
 ``moments``
     a mix ``a * KL(p || q) + b * KL(q || p)`` of the two moments that one online pass collects;
 ``generic``
-    ``D = sum_j q_j f(p_j / q_j)`` for a convex f with f(1) = 0; with ``g(r) = f(r) - r f'(r)`` its gradient with respect
-    to the student's scaled logits is ``q_j (g_j - E_q[g])``. The row gives ``q f`` and ``q g`` pointwise; f is chosen
-    with f'(1) = 0, which adds nothing to the sum and makes every summand non-negative, of second order in p - q.
+    ``D = sum_j q_j f(p_j / q_j)`` for a convex f with f(1) = 0; with ``g(r) = f(r) - r f'(r)`` its gradient with
+    respect to the student's scaled logits is ``q_j (g_j - E_q[g])``. The row gives ``q f`` and ``q g`` pointwise; f is
+    chosen with f'(1) = 0, which adds nothing to the sum and makes every summand non-negative, of second order in p - q.
 
 The gradient with respect to the *teacher's* logits is the student gradient of the ``adjoint`` divergence with the two
 sides exchanged (``f*(r) = r f(1/r)``), so no row states it twice.

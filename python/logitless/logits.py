@@ -1,6 +1,7 @@
 """How logits come about: descriptions that the engine turns into chunks, and the validation of every input.
 
-    logit = softcap * tanh(scale * (h w^T + b) / softcap) / temperature        (without softcap: scale * (h w^T + b) / temperature)
+    logit = softcap * tanh(scale * (h w^T + b) / softcap) / temperature
+    logit = scale * (h w^T + b) / temperature                                without a softcap
 
 Errors are raised here, before any work, and name the argument. Values *inside* tensors (targets out of range, a
 temperature that is not positive) are checked by the engine, see :mod:`logitless.engine.problem`.

@@ -7,9 +7,9 @@ A backend is a module with a ``NAME``, a ``supports(device, dtype)`` and three f
     generic(student, teacher, normalizers, definition, parameters) -> value, slope     f-divergences given both lse
     gradient(student, teacher, normalizers, combination, out)   -> None               one writing of the chunk
 
-**Chunk.** A chunk holds raw products ``z`` and what turns them into scaled logits: ``s = outer * phi(inner * (z + bias))``
-with ``phi`` the identity (``inner is None``) or tanh. ``outer`` is one number per row; temperature, scale and softcap are
-folded into ``inner`` and ``outer``.
+**Chunk.** A chunk holds raw products ``z`` and what turns them into scaled logits,
+``s = outer * phi(inner * (z + bias))``, with ``phi`` the identity (``inner is None``) or tanh. ``outer`` is one number
+per row; temperature, scale and softcap are folded into ``inner`` and ``outer``.
 
 **Accumulators** are merged, never finished, inside a kernel: :func:`logitless.engine.statistics.merge` joins those of
 two column ranges, :func:`~logitless.engine.statistics.finish` turns them into statistics. Per row, float64, with
@@ -86,16 +86,19 @@ class Combination:
 
 
 def available() -> dict[str, ModuleType | str]:
-    """Every backend by name: its module, or the reason why it cannot run here."""
+    """Every backend by name, the fastest first: its module, or the reason why it cannot run here."""
     cpu = importlib.import_module("logitless.backends.cpu")
     reference = importlib.import_module("logitless.backends.torch")
     return {"cpu": cpu.PROBLEM or cpu, "torch": reference}
 
 
 def select(where: device, compute: dtype) -> ModuleType:
-    """The backend for a device and a compute type: the first of :func:`available`, the fastest first, that supports them.
+    """The backend for a device and a compute type: the first of :func:`available` that supports them.
 
-    ``LOGITLESS_BACKEND`` forces one by name; ValueError if it does not exist, cannot load or does not support the input.
+    ``LOGITLESS_BACKEND`` forces one by name.
+
+    Raises:
+        ValueError: the forced backend does not exist, cannot run here or does not support the input.
     """
     found = available()
     forced = os.environ.get("LOGITLESS_BACKEND")

@@ -199,7 +199,9 @@ class DenseHead(Head):
         return [] if self.logits_grad is None else [self.logits_grad]
 
 
-def make_head(spec: HeadSpec, tensors: list[Tensor], index: Tensor | None, dtype: torch.dtype) -> LinearHead | DenseHead:
+def make_head(
+    spec: HeadSpec, tensors: list[Tensor], index: Tensor | None, dtype: torch.dtype
+) -> LinearHead | DenseHead:
     return (LinearHead if spec.linear else DenseHead)(spec, tensors, index, dtype)
 
 

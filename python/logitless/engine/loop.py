@@ -85,10 +85,7 @@ class Run:
             whole_rows=bool(self.generic_terms or self.row_terms),
             scratch=(ROW_FUNCTION_BUFFERS if self.row_terms else 0) + self.teacher_grad,
         )
-        if self.device.type == "cpu":
-            machine = planning.cpu(torch.get_num_threads())
-        else:
-            machine = planning.gpu(self.tensors[0].dtype.itemsize)
+        machine = planning.cpu(torch.get_num_threads()) if self.device.type == "cpu" else planning.gpu()
         chosen = planning.plan(shape, machine, self.problem.strategy, self.problem.workspace)
         for head in self.heads:
             head.upcast = chosen.upcast
@@ -294,7 +291,9 @@ class Run:
 
     def _combination(self, tile: Tile, chunk: Chunk, coefficients: dict, rows: Tensor | None) -> Combination:
         generic = tuple(
-            (*self._definition(key, chunk), c.to(self.dtype)) for key, c in coefficients.items() if isinstance(key, tuple)
+            (*self._definition(key, chunk), c.to(self.dtype))
+            for key, c in coefficients.items()
+            if isinstance(key, tuple)
         )
         return Combination(
             {key: c.to(self.dtype) for key, c in coefficients.items() if key in backends.BASIS},

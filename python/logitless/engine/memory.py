@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
-_OWN_MAPPING = 32 << 20  # from here on glibc gives every allocation a mapping of its own, so that the advice ends with it
+_OWN_MAPPING = (
+    32 << 20
+)  # from here on glibc gives every allocation a mapping of its own, so that the advice ends with it
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

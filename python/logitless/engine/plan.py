@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 MIB = 1 << 20
 
@@ -45,9 +45,9 @@ def cpu(threads: int) -> Machine:
     return Machine(f"cpu, {threads} threads", 1.5e11 * threads, 1.2e10 * threads, 7e9 * threads, 1e-3, 256 * MIB)
 
 
-def gpu(dtype_bytes: int) -> Machine:
-    """Of the order of an H100: 700 TFLOP/s in 16 bits, 50 in 32, 3 TB/s. Not yet measured."""
-    return Machine("gpu", 7e14 if dtype_bytes == 2 else 5e13, 3e12, math.inf, 2e-5, 1024 * MIB)
+def gpu() -> Machine:
+    """Of the order of an H100, not measured: 50 TFLOP/s, for low-precision inputs are upcast to float32, and 3 TB/s."""
+    return Machine("gpu", 5e13, 3e12, math.inf, 2e-5, 1024 * MIB)
 
 
 @dataclass(frozen=True)
@@ -171,20 +171,21 @@ def _plans(shape: Shape, machine: Machine, strategies: list[str], budget: int) -
 
 
 def _forward(shape: Shape, machine: Machine, strategy: str, budget: int) -> Plan | None:
-    tiling = _whole_tiling(shape, budget) if shape.whole_rows else _sliced_tiling(shape, machine, budget)
+    room = budget - _upcast(shape, budget)[1]
+    tiling = _whole_tiling(shape, room) if shape.whole_rows else _sliced_tiling(shape, room)
     return tiling and _priced(shape, machine, strategy, tiling, None, 0, budget)
 
 
 def _eager(shape: Shape, machine: Machine, strategy: str, budget: int) -> Plan | None:
-    tiling = _whole_tiling(shape, budget)
+    tiling = _whole_tiling(shape, budget - _upcast(shape, budget)[1])
     return tiling and _priced(shape, machine, strategy, tiling, None, 0, budget)
 
 
 def _recompute(shape: Shape, machine: Machine, strategy: str, budget: int, stash_rows: int = 0) -> Plan | None:
-    rest = budget - stash_rows * _row_bytes(shape)
-    forward = _whole_tiling(shape, rest) if shape.whole_rows else _sliced_tiling(shape, machine, rest)
+    room = budget - _upcast(shape, budget)[1] - stash_rows * _row_bytes(shape)
+    forward = _whole_tiling(shape, room) if shape.whole_rows else _sliced_tiling(shape, room)
     # a row function differentiates whole rows, and it has scratch
-    backward = _whole_tiling(shape, rest) if shape.scratch > 1 else _sliced_tiling(shape, machine, rest)
+    backward = _whole_tiling(shape, room) if shape.scratch > 1 else _sliced_tiling(shape, room)
     if forward is None or backward is None:
         return None
     return _priced(shape, machine, strategy, forward, backward, stash_rows, budget)
@@ -203,8 +204,7 @@ def _row_bytes(shape: Shape) -> int:
 
 
 def _upcast(shape: Shape, budget: int) -> tuple[int, int]:
-    """(columns, bytes) of weight upcast at a time where inputs have low precision: an eighth of the budget, at most 16 MiB,
-    so that the allocator hands out the same, already touched memory every time."""
+    """(columns, bytes) of low-precision weight upcast at a time: an eighth of the budget, at most 16 MiB."""
     low = [side.hidden for side in shape.sides if side.hidden and side.itemsize < shape.itemsize]
     if not low:
         return shape.vocab, 0
@@ -223,16 +223,14 @@ def _buffers(shape: Shape) -> int:
     return sum(side.buffered for side in shape.sides) + shape.scratch
 
 
-def _whole_tiling(shape: Shape, budget: int) -> Tiling | None:
-    room = budget - _upcast(shape, budget)[1]
+def _whole_tiling(shape: Shape, room: int) -> Tiling | None:
     per_row = _buffers(shape) * shape.vocab * shape.itemsize + _low_hidden_bytes(shape)
     rows = room // per_row if per_row else shape.tokens
     return Tiling(min(rows, max(1, shape.tokens)), shape.vocab) if rows >= 1 else None
 
 
-def _sliced_tiling(shape: Shape, machine: Machine, budget: int) -> Tiling | None:
+def _sliced_tiling(shape: Shape, room: int) -> Tiling | None:
     """The fewest row blocks whose slices are still wide enough for efficient products."""
-    room = budget - _upcast(shape, budget)[1]
     element = max(1, _buffers(shape)) * shape.itemsize
     narrow = min(shape.vocab, 1024)
     rows = max(1, shape.tokens)
@@ -261,7 +259,13 @@ def _least(shape: Shape, strategies: list[str]) -> int:
 
 
 def _priced(
-    shape: Shape, machine: Machine, strategy: str, forward: Tiling, backward: Tiling | None, stash_rows: int, budget: int
+    shape: Shape,
+    machine: Machine,
+    strategy: str,
+    forward: Tiling,
+    backward: Tiling | None,
+    stash_rows: int,
+    budget: int,
 ) -> Plan:
     n, v = shape.tokens, shape.vocab
     upcast, upcast_bytes = _upcast(shape, budget)
@@ -316,9 +320,7 @@ def _priced(
     elif backward is not None:
         state = 64 * n
     seconds = flops / machine.flops + traffic / machine.bandwidth + workspace / machine.touch + tiles * machine.overhead
-    return Plan(
-        strategy, forward, backward, stash_rows, upcast, workspace, int(accumulators), state, products, seconds
-    )
+    return Plan(strategy, forward, backward, stash_rows, upcast, workspace, int(accumulators), state, products, seconds)
 
 
 def _count(total: int, block: int) -> int:

@@ -43,8 +43,8 @@ class HeadSpec:
 class Problem:
     """Channels of weighted sums of terms over the rows of a student and, perhaps, a teacher.
 
-    A *channel* is a weighted sum of terms, one differentiable number per row: a loss has one channel, statistics such as
-    log-probabilities have one each. ``terms`` are instances of the term classes of :mod:`logitless.terms`.
+    A *channel* is a weighted sum of terms, one differentiable number per row: a loss has one channel, statistics such
+    as log-probabilities have one each. ``terms`` are instances of the term classes of :mod:`logitless.terms`.
     """
 
     student: HeadSpec
@@ -81,7 +81,8 @@ class Problem:
 
 
 _PLAIN_FIELDS = (
-    "channels targets weights class_weights denominators denominator mean argmax ignore_index compact strategy workspace"
+    "channels targets weights class_weights denominators denominator mean argmax ignore_index compact "
+    "strategy workspace"
 ).split()
 _TERMS: dict[str, Callable] = {}
 

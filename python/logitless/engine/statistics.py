@@ -29,7 +29,7 @@ class RowContext:
 
 
 class Coefficients(dict):
-    """Per-row coefficients by basis element: a name of ``backends.BASIS``, (divergence, parameters), or a row function."""
+    """Per-row coefficients by basis element: a name of ``backends.BASIS``, (divergence, parameters), a row function."""
 
     def add(self, key: object, value: Tensor) -> None:
         self[key] = self[key] + value if key in self else value
@@ -49,9 +49,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
         out["square"] = a["square"] * _factor(2 * shift_a) + b["square"] * _factor(2 * shift_b)
     if "weighted" in a:
         out["mass"] = a["mass"] + b["mass"]
-        out["weighted"] = sum(
-            x["weighted"] + _finite(shift) * x["mass"] for x, shift in ((a, shift_a), (b, shift_b))
-        )
+        out["weighted"] = sum(x["weighted"] + _finite(shift) * x["mass"] for x, shift in ((a, shift_a), (b, shift_b)))
     if "argmax" in a:
         out["argmax"] = torch.where(b["max"] > a["max"], b["argmax"], a["argmax"])
     if "teacher_max" in a:

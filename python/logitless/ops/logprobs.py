@@ -15,7 +15,7 @@ from logitless.terms import Collision, Entropy, LogProb, LogSumExp, MaxLogit, Ta
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Per token, [...]: float32, float64 for float64 inputs; of scaled logits; 0 where ignored, None if not asked for."""
+    """Of scaled logits, per token [...], float32 (float64 for float64 inputs); 0 where ignored, None if not wanted."""
 
     logprob: Tensor  # log q_y
     lse: Tensor  # log-normaliser

@@ -161,7 +161,9 @@ def check_execution(ignore_index: object, compact: object, strategy: object, pro
         raise ValueError(f"strategy: one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if product not in PRODUCTS:
         raise ValueError(f"product: one of {', '.join(PRODUCTS)}, got {product!r}")
-    if workspace == "auto":
+    if product == "fused":
+        raise ValueError("product: 'fused' needs a kernel that folds products into statistics; no backend here has one")
+    if isinstance(workspace, str) and workspace == "auto":
         return None
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace: bytes as an integer, or 'auto', got {workspace!r}")
