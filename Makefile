@@ -80,6 +80,9 @@ endif
 demo: demo-tools package
 	$(PYTHON) examples/distill.py $(DEMO_ARGS)
 
+# Waiting OpenMP threads sleep: beside another busy program, spinning ones make tests ten times as long.
+test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+
 test: test-tools package
 	$(PYTHON) -m pytest tests $(PYTEST_ARGS)
 

@@ -27,9 +27,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 
 # Contraction stays off: s = outer * z must be rounded the same way wherever it is computed.
-CXXFLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra"
-)
+CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra"
 LDFLAGS = {"darwin": "-bundle -undefined dynamic_lookup -Wl,-x"}.get(sys.platform, "-shared -s -pthread -ldl")
 
 
@@ -40,6 +38,7 @@ class NinjaBuild(build_ext):
         try:
             self._ninja(ext, Path(self.get_ext_fullpath(ext.name)).resolve())
         except (OSError, subprocess.CalledProcessError) as error:
+            (ROOT / "python" / self.get_ext_filename(ext.name)).unlink(missing_ok=True)  # an older one would be loaded
             print(
                 f"WARNING: logitless: the C++ kernels were not built ({error}); "
                 "the package works without them, on its slower torch backend",
@@ -50,7 +49,7 @@ class NinjaBuild(build_ext):
         import pybind11
 
         compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-        ninja = shutil.which("ninja")
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=os.path.dirname(sys.executable))
         for tool, found in {"a C++ compiler": compiler, "ninja": ninja}.items():
             if not found:
                 raise FileNotFoundError(f"{tool} is not on the PATH")

@@ -6,10 +6,10 @@
 //   generic      sum_j q_j f_j, sum_j q_j g_j                   one reading
 //   gradient     ds/dz times a combination of q, p, ...         one reading and one writing
 //
-// Memory traffic is 4 bytes per element read and as many written, and that is what the kernels are bound by: arithmetic
-// is an exponential per element and side (about 15 operations; 4 times that for a generic divergence) on whole vectors.
-// The factors of memory latency that hardware prefetching leaves (it ends at each 4 KB page) are hidden by prefetching
-// a block ahead.
+// An element costs 4 bytes of reading per side (and 4 of writing) and per side an exponential, some 17 operations on
+// whole vectors; a generic divergence costs five times that. With AVX-512 the former is what memory can feed, so it must
+// be asked in time: rows are prefetched some way ahead, past the ends of pages where the hardware's own prefetching
+// stops. Without that the gradient in place takes twice as long.
 //
 // Accuracy: differences to the maximum first, exponentials of those; sums in float within a block, in double across
 // blocks. Nothing that the linker could share with another copy may be used here (see number.h), so no std:: templates.
@@ -205,6 +205,7 @@ void statistics_row(const Statistics& call, std::int64_t row) {
     std::int64_t max_block = 0;
     alignas(64) float room[block];
 
+    // The sums so far, seen from a new maximum: differences to it shrink by `shift`, exponentials of them by `factor`.
     const auto raise_student = [&](float largest) {
         const double shift = static_cast<double>(finite(s.max)) - finite(largest);
         const double factor = s.max == -infinity ? 1 : __builtin_exp(shift);
@@ -328,7 +329,7 @@ void gradient_row(const Gradient& call, std::int64_t row) {
 
     const Normalizers& n = call.normalizers;
     const Distribution student(call.chunks.student, n.max, n.log_sum, row);
-    const bool paired = call.p || call.q_log_ratio || call.divergence_count > 0;
+    const bool paired = call.chunks.teacher.z && (call.p || call.q_log_ratio || call.divergence_count > 0);
     const Distribution teacher =
         paired ? Distribution(call.chunks.teacher, n.teacher_max, n.teacher_log_sum, row) : student;
 
@@ -357,7 +358,7 @@ void gradient_row(const Gradient& call, std::int64_t row) {
         if (paired) {
             prefetch(teacher.z + j);
             const Vector log_p = teacher.log_probability(teacher.scaled(access, j).s);
-            if (call.p) total = fma(c_p, exp(log_p), total);
+            if (call.p) total = total + c_p * exp(log_p);  // rounded like c_q * q: the sum is exactly 0 where p = q
             if (call.q_log_ratio) total = fma(c_q_log_ratio, times(q, log_q - log_p), total);
             for (int i = 0; i < call.divergence_count; ++i) {
                 const Divergence& divergence = call.divergences[i];

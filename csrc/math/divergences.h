@@ -30,10 +30,9 @@ struct Jsd {
     static LL_FUNCTION Pointwise<T> at(T log_p, T log_q, const float* parameter) {
         const T beta = T(parameter[0]), rest = T(1.0f - parameter[0]);
         const T d = log_p - log_q;
-        const auto teacher_larger = d > T(0.0f);
-        const T log_m = log1p(select(teacher_larger, rest, beta) * expm1(-abs(d)));  // relative to the larger
-        const T log_p_m = select(teacher_larger, -log_m, d - log_m);
-        const T log_q_m = select(teacher_larger, -d - log_m, -log_m);
+        const T log_m = log1p(select(d > T(0.0f), rest, beta) * expm1(-abs(d)));  // relative to the larger
+        const T log_p_m = min(T(0.0f), d) - log_m;
+        const T log_q_m = min(T(0.0f), -d) - log_m;
         const T p_term = times(exp(log_p), log_p_m);
         const T q_term = rest * times(exp(log_q), log_q_m);
         return {fma(beta, p_term, q_term), q_term};
