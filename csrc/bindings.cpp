@@ -68,7 +68,7 @@ T* pointer(const Addresses& addresses, const char* name) {
 }
 
 Chunk chunk(Address z, std::int64_t stride, Address bias, Address outer, std::optional<float> inner) {
-    return {pointer<const float>(z),     stride, pointer<const float>(bias), pointer<const float>(outer),
+    return {pointer<const float>(z), stride, pointer<const float>(bias), pointer<const float>(outer),
             inner.value_or(0.0f), inner.has_value()};
 }
 
@@ -100,7 +100,8 @@ void statistics(std::int64_t rows, std::int64_t columns, const Chunk& student, s
                 Address targets, Address weights, const Addresses& accumulators, int threads) {
     const auto out = [&](const char* name) { return pointer<double>(accumulators, name); };
     const Statistics call = {
-        {columns, student, teacher.value_or(Chunk{})}, pointer<const std::int64_t>(targets), pointer<const float>(weights),
+        {columns, student, teacher.value_or(Chunk{})},
+        pointer<const std::int64_t>(targets), pointer<const float>(weights),
         out("max"), out("sum"), out("target"), out("first"), out("square"), out("weighted"),
         out("teacher_max"), out("teacher_sum"), out("forward"), out("reverse"),
         pointer<std::int64_t>(accumulators, "argmax")};
@@ -111,8 +112,9 @@ void generic(std::int64_t rows, std::int64_t columns, const Chunk& student, cons
              const Addresses& normalizers, const std::string& name, const std::vector<Address>& parameters,
              Address value, Address slope, int threads) {
     Parameters values;
-    const Generic call = {{columns, student, teacher}, ::normalizers(normalizers), values.divergence(name, parameters, 0),
-                          pointer<double>(value), pointer<double>(slope)};
+    const Generic call = {
+        {columns, student, teacher}, ::normalizers(normalizers),
+        values.divergence(name, parameters, 0), pointer<double>(value), pointer<double>(slope)};
     run(kernels->generic, call, rows, threads);
 }
 

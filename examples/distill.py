@@ -408,14 +408,17 @@ def loss_and_gradients(loss_of: Callable[..., Tensor], head: Head, options: Opti
     head = head.copy(head.hidden.dtype)
     loss = loss_of(head, options.divergence, options.ce_weight)
     loss.backward()
-    values = {"loss": loss.detach(), "gradient of hidden states": head.hidden.grad}
-    return {name: x.double() for name, x in {**values, "gradient of lm_head weight": head.weight.grad}.items()}
+    return {
+        "loss": loss.detach().double(),
+        "gradient of hidden states": head.hidden.grad.double(),
+        "gradient of lm_head weight": head.weight.grad.double(),
+    }
 
 
 def relative_differences(head: Head, options: Options) -> dict[str, dict[str, float]]:
-    """{"loss": {"fused to float64": |a - b| / |b|, ...}, ...}, Euclidean norms.
+    """{"loss": {"fused to float64": |fused - float64| / |float64|, ...}, ...}, Euclidean norms.
 
-    float64 is the materialised loss computed from the same inputs, converted to float64.
+    float64 is the materialised loss from the same inputs, converted to float64; it is the divisor of all differences.
     """
     results = {name: loss_and_gradients(loss_of, head, options) for name, loss_of in LOSSES.items()}
     results["float64"] = loss_and_gradients(materialised_loss, head.copy(torch.float64), options)
@@ -488,7 +491,7 @@ trained {options["steps"]} steps of {options["tokens"]} tokens in {training["sec
 {training["seconds_per_step"]:.2f} s per step (teacher, student, loss, optimiser)
 
 held-out text, {held_out["tokens"]:,} tokens{"before":>19}{"after":>14}{"teacher":>14}
-  {options["divergence"] + ", nats per token":<32}{before["divergence"]:>14.3f}{after["divergence"]:>14.3f}{"":>14}
+  {options["divergence"] + ", nats per token":<32}{before["divergence"]:>14.3f}{after["divergence"]:>14.3f}{teacher["divergence"]:>14.3f}
   {"perplexity":<32}{before["perplexity"]:>14,.1f}{after["perplexity"]:>14,.1f}{teacher["perplexity"]:>14,.1f}
 
 the loss and its gradients, once: {call["tokens"]:,} tokens, hidden size {call["hidden"]}, \
@@ -532,6 +535,10 @@ def main() -> None:
         sys.exit(
             "distill.py: this Python lacks pydoc_data, the text to train on; Debian: apt install libpython3-stdlib"
         )
+    try:
+        peak_above_start(lambda: None, options.device)
+    except OSError as error:
+        sys.exit(f"distill.py: peak memory cannot be measured here ({error})")
     torch.manual_seed(options.seed)
     print("loading the teacher ...", flush=True)
     teacher, tokenizer = load_teacher(getattr(torch, options.dtype), options.device)

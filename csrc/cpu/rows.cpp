@@ -7,9 +7,9 @@
 //   gradient     ds/dz times a combination of q, p, ...         one reading and one writing
 //
 // An element costs 4 bytes of reading per side (and 4 of writing) and per side an exponential, some 17 operations on
-// whole vectors; a generic divergence costs five times that. With AVX-512 the former is what memory can feed, so it must
-// be asked in time: rows are prefetched some way ahead, past the ends of pages where the hardware's own prefetching
-// stops. Without that the gradient in place takes twice as long.
+// whole vectors; a generic divergence costs five times that. With AVX-512 the former is about what memory can feed, so
+// it must be asked in time: rows are prefetched some way ahead, past the ends of pages where the hardware's own
+// prefetching stops. Without that the gradient in place takes twice as long.
 //
 // Accuracy: differences to the maximum first, exponentials of those; sums in float within a block, in double across
 // blocks. Nothing that the linker could share with another copy may be used here (see number.h), so no std:: templates.
@@ -203,7 +203,8 @@ void statistics_row(const Statistics& call, std::int64_t row) {
     Sum first, square, weighted, weight_sum, forward, reverse;
     double target_logit = 0;
     std::int64_t max_block = 0;
-    alignas(64) float room[block];
+    alignas(64) float room[block];  // for weights: ones where none are given, and the last block's with its padding
+    for (float& weight : room) weight = 1;
 
     // The sums so far, seen from a new maximum: differences to it shrink by `shift`, exponentials of them by `factor`.
     const auto raise_student = [&](float largest) {
@@ -249,13 +250,15 @@ void statistics_row(const Statistics& call, std::int64_t row) {
         if (call.square)
             square.add(sum_of(all, [&](int j) { return Vector::load(s.e + j) * Vector::load(s.e + j); }));
         if (call.weighted) {
-            const float* weights = call.weights + begin;
-            if (!call.weights || all > count) {
-                for (int j = 0; j < all; ++j) room[j] = j >= count ? 0 : call.weights ? call.weights[begin + j] : 1;
+            const float* weights = call.weights ? call.weights + begin : room;
+            if (all > count) {
+                std::memmove(room, weights, count * sizeof(float));
+                std::memset(room + count, 0, (all - count) * sizeof(float));
                 weights = room;
             }
             weight_sum.add(sum_of(all, [&](int j) { return Vector::load(weights + j); }));
-            weighted.add(sum_of(all, [&](int j) { return times(Vector::load(weights + j), Vector::load(s.shifted + j)); }));
+            weighted.add(
+                sum_of(all, [&](int j) { return times(Vector::load(weights + j), Vector::load(s.shifted + j)); }));
         }
         if (call.forward) {
             const auto difference = [&](int j) { return Vector::load(t.shifted + j) - Vector::load(s.shifted + j); };
@@ -337,6 +340,7 @@ void gradient_row(const Gradient& call, std::int64_t row) {
     const Vector c_q = coefficient(call.q), c_p = coefficient(call.p), c_weights = coefficient(call.weights),
                  c_q_log_q = coefficient(call.q_log_q), c_q_squared = coefficient(call.q_squared),
                  c_q_log_ratio = coefficient(call.q_log_ratio);
+    const float* weights = call.weight_vector;
     const float* rows = call.rows ? call.rows + row * call.rows_stride : nullptr;
 
     // The one-hot is added to the one vector that holds the target's column.
@@ -354,7 +358,7 @@ void gradient_row(const Gradient& call, std::int64_t row) {
         if (call.q) total = c_q * q;
         if (call.q_log_q) total = fma(c_q_log_q, times(q, log_q), total);
         if (call.q_squared) total = fma(c_q_squared, q * q, total);
-        if (call.weights) total = total + (call.weight_vector ? c_weights * access.load(call.weight_vector + j) : c_weights);
+        if (call.weights) total = total + (weights ? c_weights * access.load(weights + j) : c_weights);
         if (paired) {
             prefetch(teacher.z + j);
             const Vector log_p = teacher.log_probability(teacher.scaled(access, j).s);

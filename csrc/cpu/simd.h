@@ -1,7 +1,7 @@
 // Vector: the number type (number.h) of the CPU kernels, one register of the instruction set this copy is compiled for.
 //
-// Arithmetic is GCC's and Clang's vector extension, which knows every architecture; what it has no spelling for, or does
-// not always find the one instruction for, is written out below.
+// Arithmetic is GCC's and Clang's vector extension, which knows every architecture; what it has no spelling for, or
+// does not always find the one instruction for, is written out below.
 
 #pragma once
 

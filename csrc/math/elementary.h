@@ -37,7 +37,8 @@ template <class T>
 LL_FUNCTION Exponential<T> exponential(T x) {
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum; with the exponent's bias added,
     // those bits moved up to the exponent are 2^n. n = -127 gives power 0. Above n = 127 the polynomial takes the rest.
-    constexpr float round = 0x1.8p23f + 127, ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;  // n * ln2_high is exact
+    constexpr float round = 0x1.8p23f + 127;
+    constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;  // n * ln2_high is exact
     x = max(T(-88.0f), x);
     const T shifted = min(T(round + 127), fma(x, T(0x1.715476p0f), T(round)));
     const T n = shifted - T(round);

@@ -1,9 +1,9 @@
 // What the formulas of csrc/math ask of a number type T, stated for float.
 //
 // Formulas are templates on T: float on a GPU or in a scalar loop, a whole vector (csrc/cpu/simd.h) in a CPU kernel.
-// T is constructed from float, has + - * / and unary -, the comparisons > and == (which give a mask), and the functions
-// below. Everything has internal linkage: one source is compiled once per instruction set, and the linker must never take
-// one copy's function for another's.
+// T is constructed from float, has + - *, unary -, the comparisons > and == (which give a mask), and the functions
+// below. Everything has internal linkage: one source is compiled once per instruction set, and the linker must never
+// take one copy's function for another's.
 
 #pragma once
 
@@ -21,7 +21,9 @@ namespace {
 
 // a b + c, rounded once where the machine can; formulas must not rely on it.
 LL_FUNCTION float fma(float a, float b, float c) {
-#if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__CUDACC__)
+    return fmaf(a, b, c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;

@@ -226,7 +226,7 @@ def _buffers(shape: Shape) -> int:
 def _whole_tiling(shape: Shape, room: int) -> Tiling | None:
     per_row = _buffers(shape) * shape.vocab * shape.itemsize + _low_hidden_bytes(shape)
     rows = room // per_row if per_row else shape.tokens
-    return Tiling(min(rows, max(1, shape.tokens)), shape.vocab) if rows >= 1 else None
+    return Tiling(_even(shape.tokens, rows), shape.vocab) if rows >= 1 else None
 
 
 def _sliced_tiling(shape: Shape, room: int) -> Tiling | None:
@@ -321,6 +321,11 @@ def _priced(
         state = 64 * n
     seconds = flops / machine.flops + traffic / machine.bandwidth + workspace / machine.touch + tiles * machine.overhead
     return Plan(strategy, forward, backward, stash_rows, upcast, workspace, int(accumulators), state, products, seconds)
+
+
+def _even(total: int, block: int) -> int:
+    """The largest block of a walk over ``total`` in as few blocks of at most ``block`` as can be, all alike."""
+    return max(1, -(-total // max(1, _count(total, block))))
 
 
 def _count(total: int, block: int) -> int:
