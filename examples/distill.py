@@ -473,40 +473,43 @@ def summary(
     }
 
 
+def row(label: str, cells: Iterable[float | str], number: str = "", width: int = 14) -> str:
+    return f"  {label:<32}" + "".join(f"{cell:>{width}{number}}" for cell in cells)
+
+
 def table(results: dict) -> str:
     """The figures of `summary` as text."""
     options, environment, call = results["options"], results["environment"], results["loss_call"]
     training, held_out, differences = results["training"], results["held_out"], results["relative_differences"]
-    before, after, teacher = (held_out[name] for name in ("before", "after", "teacher"))
-    fused, materialised = call["fused"], call["materialised"]
-    mebibytes = [run["peak_bytes"] / 2**20 for run in (fused, materialised)]
-    rows = "\n".join(
-        f"  {what:<28}" + "".join(f"{value:>24.1e}" for value in row.values())
-        for what, row in differences.items()
-        if what != "tokens"
+    models = ["before", "after", "teacher"]
+    seconds, peak, loss = ([call[name][what] for name in LOSSES] for what in ("seconds", "peak_bytes", "loss"))
+    pairs = [pair.replace(" to ", ", ") for pair in differences["loss"]]
+    return "\n".join(
+        [
+            "",
+            f"{environment['processor']}; torch {environment['torch']}, {options['dtype']}",
+            f"trained {options['steps']} steps of {options['tokens']} tokens in {training['seconds']:.0f} s,"
+            f" {training['seconds_per_step']:.2f} s per step (teacher, student, loss, optimiser)",
+            "",
+            f"held-out text: {held_out['tokens']:,} tokens",
+            row("", models),
+            row(f"{options['divergence']}, nats per token", [held_out[at]["divergence"] for at in models], ",.3f"),
+            row("perplexity", [held_out[at]["perplexity"] for at in models], ",.1f"),
+            "",
+            f"the loss and its gradients, once: {call['tokens']:,} tokens, hidden size {call['hidden']},"
+            f" vocabulary {call['vocabulary']:,}",
+            row("", [*LOSSES, "ratio"]),
+            row("time, s", [*seconds, seconds[1] / seconds[0]], ",.2f"),
+            row("peak memory above inputs, MiB", [*(x / 2**20 for x in peak), peak[1] / peak[0]], ",.1f"),
+            row("  of it the two gradients, MiB", [call["gradient_bytes"] / 2**20] * 2, ",.1f"),
+            row("loss", loss, ".6f"),
+            "",
+            f"relative difference: {differences['tokens']} tokens",
+            row("", pairs, width=24),
+            *(row(what, cells.values(), ".1e", 24) for what, cells in differences.items() if what != "tokens"),
+            "",
+        ]
     )
-    return f"""
-{environment["processor"]}; torch {environment["torch"]}, {options["dtype"]}
-trained {options["steps"]} steps of {options["tokens"]} tokens in {training["seconds"]:.0f} s, \
-{training["seconds_per_step"]:.2f} s per step (teacher, student, loss, optimiser)
-
-held-out text, {held_out["tokens"]:,} tokens{"before":>19}{"after":>14}{"teacher":>14}
-  {options["divergence"] + ", nats per token":<32}{before["divergence"]:>14.3f}{after["divergence"]:>14.3f}{teacher["divergence"]:>14.3f}
-  {"perplexity":<32}{before["perplexity"]:>14,.1f}{after["perplexity"]:>14,.1f}{teacher["perplexity"]:>14,.1f}
-
-the loss and its gradients, once: {call["tokens"]:,} tokens, hidden size {call["hidden"]}, \
-vocabulary {call["vocabulary"]:,}
-{"":<34}{"fused":>14}{"materialised":>14}{"ratio":>14}
-  {"time, s":<32}{fused["seconds"]:>14.2f}{materialised["seconds"]:>14.2f}\
-{materialised["seconds"] / fused["seconds"]:>14.2f}
-  {"peak memory above inputs, MiB":<32}{mebibytes[0]:>14,.0f}{mebibytes[1]:>14,.0f}{mebibytes[1] / mebibytes[0]:>14.2f}
-  {"  of it the two gradients, MiB":<32}{call["gradient_bytes"] / 2**20:>14,.0f}{call["gradient_bytes"] / 2**20:>14,.0f}
-  {"loss":<32}{fused["loss"]:>14.6f}{materialised["loss"]:>14.6f}
-
-relative difference, {differences["tokens"]} tokens
-{"":<30}{"fused, materialised":>24}{"fused, float64":>24}{"materialised, float64":>24}
-{rows}
-"""
 
 
 def plot(results: dict, path: Path) -> None:

@@ -232,6 +232,17 @@ def test_generic(columns, softcap, beta):
         check(name, ours, theirs, exact)
 
 
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.family == "generic"])
+def test_every_generic_divergence_has_its_functor(name):
+    student = make(1000)
+    teacher = near(student)
+    parameters = tuple(torch.full((len(student.z),), p.default) for p in TABLE[name].parameters)
+    given = (student, teacher, normalizers_of(student, teacher), TABLE[name], parameters)
+    found = cpu.generic(*given), specification.generic(*given), specification.generic(*double(given))
+    for results in zip(("value", "slope"), *found):
+        check(*results)
+
+
 ELEMENTS = [frozenset({name}) for name in (*BASIS, "jsd", "rows")]
 SUMS = [frozenset({"one_hot", "q"}), frozenset({"q", "q_log_ratio"}), frozenset({*BASIS, "jsd", "rows"})]
 

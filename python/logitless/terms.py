@@ -30,6 +30,10 @@ class Term:
     needs_targets: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
     wanted: ClassVar[frozenset[str]] = frozenset()  # what the statistics kernel must collect
+    generic: ClassVar[tuple | None] = None  # (divergence, parameters) that the generic kernel must evaluate
+    adjoint: ClassVar[Term | None] = None  # the same number with student and teacher exchanged, where both have a part
+    calls_function: ClassVar[bool] = False  # whether rows are handed to a user's function
+    weighted_classes = False  # whether the target's class weight counts in a mean; a field of CrossEntropy
 
     @property
     def name(self) -> str:
@@ -437,6 +441,7 @@ class RowTerm(Term):
     targets: bool
     token: int
 
+    calls_function: ClassVar[bool] = True
     _living: ClassVar[weakref.WeakValueDictionary[int, RowTerm]] = weakref.WeakValueDictionary()
     _tokens: ClassVar[itertools.count] = itertools.count()
 

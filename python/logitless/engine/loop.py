@@ -7,7 +7,8 @@ tiles with :meth:`Run.walk`; row kernels and terms know nothing of products, str
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,9 +66,9 @@ class Run:
         self.wanted = frozenset().union(*(term.wanted for term in problem.terms))
         if problem.argmax:
             self.wanted |= {"argmax"}
-        self.generic_terms = {term.generic for term in problem.terms if getattr(term, "generic", None) is not None}
-        self.row_terms = [(i, term) for i, term in enumerate(problem.terms) if hasattr(term, "function")]
-        self.divergence_terms = [(i, term) for i, term in enumerate(problem.terms) if hasattr(term, "adjoint")]
+        self.generic_terms = _generic_keys(problem.terms)
+        self.row_terms = [(i, term) for i, term in enumerate(problem.terms) if term.calls_function]
+        self.adjoints = [(i, term.adjoint) for i, term in enumerate(problem.terms) if term.adjoint is not None]
         self.student_grad = any(problem.student.wants_grad)
         self.teacher_grad = problem.teacher is not None and any(problem.teacher.wants_grad)
 
@@ -158,9 +159,8 @@ class Run:
             s[key, "value"], s[key, "slope"] = self._generic(key, s, student, teacher)
         if self.teacher_grad:
             exchanged = statistics.exchange(s)
-            for _, term in self.divergence_terms:
-                if (key := term.adjoint.generic) is not None:
-                    s["teacher", key, "slope"] = self._generic(key, exchanged, teacher, student)[1]
+            for key in _generic_keys(adjoint for _, adjoint in self.adjoints):
+                s["teacher", key, "slope"] = self._generic(key, exchanged, teacher, student)[1]
         return s
 
     def _generic(self, key: tuple, s: Statistics, student: Chunk, teacher: Chunk) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ class Run:
         if problem.denominator is not None:
             return torch.tensor(problem.denominator, dtype=torch.float64, device=self.device)
         count = torch.ones(self.rows, dtype=torch.float64, device=self.device)
-        if getattr(term, "weighted_classes", False):
+        if term.weighted_classes:
             count = self.class_weight
         return (count if self.live is None else torch.where(self.live, count, 0)).sum()
 
@@ -260,8 +260,8 @@ class Run:
                 if key[0] == "teacher":
                     exchanged[key[1:]] = value
             context = self.context(exchanged, rows)
-            for i, term in self.divergence_terms:
-                term.adjoint.coefficients(context, upstream[i], teacher)
+            for i, adjoint in self.adjoints:
+                adjoint.coefficients(context, upstream[i], teacher)
         return student, teacher
 
     def differentiate(
@@ -385,12 +385,12 @@ def per_row(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Te
     if plan.stash_rows:
         buffered = sum(head.buffered for head in run.heads)
         stash = empty((buffered, plan.stash_rows, run.columns), run.dtype, run.device)
-    if plan.strategy == "frozen":
+    frozen = plan.strategy == "frozen"
+    if frozen:
         run.open_gradients(plan.forward, only_hidden=True)
     for tile, student, teacher, s in run.finished_rows(plan.forward, stash, fill=True):
         rows = tile.rows
         u = [scale * factor[rows] for scale, factor in zip(run.scales(0), factors, strict=True)]
-        frozen = plan.strategy == "frozen"
         values, row_gradients = run.row_functions(tile, student, teacher, u if frozen else None)
         s |= values
         for i, value in enumerate(run.term_values(s, rows)):
@@ -406,7 +406,7 @@ def per_row(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Te
             if scale:
                 channels[k] += scale * values
     extra = torch.zeros(0, dtype=run.dtype, device=run.device) if stash is None else stash
-    if plan.strategy == "frozen":
+    if frozen:
         extra = empty((run.tokens, run.student.hidden.shape[1]), run.dtype, run.device)
         extra[: run.rows] = run.student.hidden_grad
         extra[run.rows :] = 0
@@ -416,23 +416,26 @@ def per_row(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Te
 
 def per_row_backward(problem: Problem, tensors: list[Tensor], state: list[Tensor], upstream: Tensor) -> list[Tensor]:
     """Gradients asked for, given d loss / d channels [K, N]."""
-    run = Run(problem, tensors, per_row=True)
-    plan = run.plan()
     kept, extra = state
+    strategy = {1: "recompute", 2: "frozen", 3: "stash"}[
+        extra.dim()
+    ]  # what the forward pass did, whatever it would now
+    run = Run(replace(problem, strategy=strategy), tensors, per_row=True)
     s = dict(zip(statistic_names(problem), kept[:, : run.rows], strict=True))
     upstream = (upstream if run.index is None else upstream[:, run.index]).double()
-    if plan.strategy == "frozen":
-        return [run.restore((_frozen_gradient(run, s, extra[: run.rows], upstream)).to(run.student.hidden.dtype), 0)]
+    if strategy == "frozen":
+        gradient = _frozen_gradient(run, s, extra[: run.rows], upstream)
+        return [run.restore(gradient.to(run.student.hidden.dtype), 0)]
     factors = run.factors()
     u = [
         factors[i] * sum(run.scales(k)[i] * upstream[k] for k in range(len(problem.channels)))
         for i in range(len(problem.terms))
     ]
-    stash = extra if plan.stash_rows else None
-    everything = slice(0, run.rows)
-    coefficients = run.coefficients(s, u, everything)
-    run.open_gradients(plan.backward, 0 if stash is None else stash.shape[1])
-    for tile, student, teacher in run.walk(plan.backward, stash):
+    stash = extra if strategy == "stash" else None
+    coefficients = run.coefficients(s, u, slice(0, run.rows))
+    tiling = run.plan().backward
+    run.open_gradients(tiling, 0 if stash is None else stash.shape[1])
+    for tile, student, teacher in run.walk(tiling, stash):
         rows = tile.rows
         _, row_gradients = run.row_functions(tile, student, teacher, [x[rows] for x in u])
         of_rows = tuple({key: c[rows] for key, c in side.items()} for side in coefficients)
@@ -444,15 +447,16 @@ def per_row_backward(problem: Problem, tensors: list[Tensor], state: list[Tensor
 
 def _frozen_gradient(run: Run, s: Statistics, d: Tensor, upstream: Tensor) -> Tensor:
     """sum_k upstream_k (alpha_k D + beta_k d_y W_y): no product, see :func:`frozen_mix`."""
-    alpha, beta = (upstream.new_tensor(mix) for mix in zip(*frozen_mix(run.problem), strict=True))
-    out = d * (alpha @ upstream).to(run.dtype)[:, None]
-    if beta.any():
+    alpha, beta = zip(*frozen_mix(run.problem), strict=True)
+    out = d * (upstream.new_tensor(alpha) @ upstream).to(run.dtype)[:, None]
+    if any(beta):
         head = run.student
         slope = head.outer.double()
         if head.inner is not None:
             slope = slope * head.inner * (1 - ((s["target"] + s["max"]) / slope) ** 2)
         targets = run.targets.clamp(0, run.columns - 1)
-        out += (beta @ upstream * run.live_values(slope)).to(run.dtype)[:, None] * head.weight[targets].to(run.dtype)
+        factor = (upstream.new_tensor(beta) @ upstream) * run.live_values(slope)
+        out += factor.to(run.dtype)[:, None] * head.weight[targets].to(run.dtype)
     return out
 
 
@@ -481,12 +485,16 @@ def statistic_names(problem: Problem) -> list:
     if problem.teacher is not None:
         names += ["teacher_max", "teacher_log_sum"]
         names += ["forward_kl", "reverse_kl"] if "moments" in wanted else []
-        generic = sorted({term.generic for term in problem.terms if getattr(term, "generic", None) is not None})
-        names += [(key, part) for key in generic for part in ("value", "slope")]
+        names += [(key, part) for key in _generic_keys(problem.terms) for part in ("value", "slope")]
         if any(problem.teacher.wants_grad):
-            adjoints = {term.adjoint.generic for term in problem.terms if hasattr(term, "adjoint")} - {None}
-            names += [("teacher", key, "slope") for key in sorted(adjoints)]
+            adjoints = [term.adjoint for term in problem.terms if term.adjoint is not None]
+            names += [("teacher", key, "slope") for key in _generic_keys(adjoints)]
     return names
+
+
+def _generic_keys(terms: Iterable) -> list[tuple]:
+    """What the generic kernel must evaluate for some terms, each once."""
+    return sorted({term.generic for term in terms if term.generic is not None})
 
 
 def compute_dtype(problem: Problem, tensors: list[Tensor]) -> torch.dtype:

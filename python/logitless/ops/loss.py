@@ -94,7 +94,7 @@ def evaluate(
         channels, values, _ = library.rows(resolved(problem, one_scalar=True), request.tensors)
         loss = channels[0]
         if targets is None:
-            tokens = torch.tensor(student.shape.numel())
+            tokens = torch.tensor(student.shape.numel(), device=student.device)
         else:
             tokens = (targets != ignore_index).sum()
         if reduction == "none":
@@ -121,13 +121,12 @@ def resolved(problem: Problem, one_scalar: bool) -> Problem:
 
 def class_weights_of(terms: list, student: Logits) -> Tensor | None:
     """The class weights of an objective, checked against the vocabulary; all terms must share one tensor."""
-    found = [term.class_weights for term in terms if getattr(term, "class_weights", None) is not None]
+    found = [term.class_weights for term in terms if term.weighted_classes]
     if not found:
         return None
     if any(weights is not found[0] for weights in found):
         raise ValueError("class_weights: the terms of one objective must share one tensor")
-    smoothed = [term for term in terms if getattr(term, "label_smoothing", 0.0)]
-    if any(term.class_weights is None for term in smoothed):
+    if any("weighted" in term.wanted and not term.weighted_classes for term in terms):
         raise ValueError("class_weights: the smoothed terms of one objective must share one tensor")
     if list(found[0].shape) != [student.columns]:
         raise ValueError(f"class_weights: needs the shape [{student.columns}], got {list(found[0].shape)}")
