@@ -54,10 +54,9 @@ def _jsd(log_p: Tensor, log_q: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     exact for p close to q, and finite wherever either is 0.
     """
     d = log_p - log_q
-    teacher_larger = d > 0
-    log_m = torch.log1p(torch.where(teacher_larger, 1 - beta, beta) * torch.expm1(-d.abs()))  # relative to the larger
-    log_p_m = torch.where(teacher_larger, -log_m, d - log_m)
-    log_q_m = torch.where(teacher_larger, -d - log_m, -log_m)
+    log_m = torch.log1p(torch.where(d > 0, 1 - beta, beta) * torch.expm1(-d.abs()))  # relative to the larger
+    log_p_m = d.clamp(max=0) - log_m
+    log_q_m = (-d).clamp(max=0) - log_m
     p, q = log_p.exp(), log_q.exp()
     p_term = torch.where(p == 0, 0, p * log_p_m)  # 0 log 0 = 0
     q_term = torch.where(q == 0, 0, q * log_q_m)

@@ -88,7 +88,7 @@ def _block_statistics(student, teacher, targets, weights, wanted, rows) -> dict[
     if "collision" in wanted:
         found["square"] = (e * e).sum(-1)
     if "weighted" in wanted:
-        found["weighted"] = (shifted if weights is None else shifted * weights).sum(-1)
+        found["weighted"] = (shifted if weights is None else _times(weights, shifted)).sum(-1)
     if "argmax" in wanted:
         found["argmax"] = argmax
     if teacher is not None:
