@@ -30,8 +30,8 @@ ifdef PYTHON
 package:
 	$(INSTALL_PACKAGE)
 	$(CHECK_EXTENSION)
-test-tools bench-tools demo-tools lint-tools:
-.PHONY: test-tools bench-tools demo-tools lint-tools
+test-tools demo-tools lint-tools:
+.PHONY: test-tools demo-tools lint-tools
 
 else
 
@@ -57,8 +57,6 @@ $(STAMPS)/%: requirements/%.txt $(STAMPS)/torch
 	$(PIP) -r $<
 	@touch $@
 
-$(STAMPS)/bench: requirements/test.txt
-
 $(STAMPS)/teacher: requirements/teacher.txt $(STAMPS)/venv
 	$(PIP) --no-deps -r $<
 	@touch $@
@@ -70,10 +68,9 @@ $(STAMPS)/package: setup.py pyproject.toml $(shell find csrc -type f) $(STAMPS)/
 
 package: $(STAMPS)/package
 test-tools: $(STAMPS)/test
-bench-tools: $(STAMPS)/bench
 demo-tools: $(STAMPS)/demo $(STAMPS)/teacher
 lint-tools: $(STAMPS)/lint
-.PHONY: test-tools bench-tools demo-tools lint-tools
+.PHONY: test-tools demo-tools lint-tools
 
 endif
 
@@ -83,13 +80,15 @@ demo: demo-tools package
 # Waiting OpenMP threads sleep: beside another busy program, spinning ones make tests ten times as long.
 test test-all: export OMP_WAIT_POLICY ?= PASSIVE
 
+# The benchmarks run once on small shapes, untimed: they check values and gradients against torch, and must not rot.
 test: test-tools package
+	$(PYTHON) -m pytest benchmarks --quick --benchmark-disable
 	$(PYTHON) -m pytest tests $(PYTEST_ARGS)
 
 test-all: test-tools package
 	$(PYTHON) -m pytest tests --slow $(PYTEST_ARGS)
 
-bench: bench-tools package
+bench: test-tools package
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
 lint: lint-tools
