@@ -86,13 +86,10 @@ class LinearHead(Head):
         hidden, weight, bias = wants
         shape, device = (self.rows, self.hidden.shape[1]), self.device
         self.hidden_grad = empty(shape, self.dtype, device) if hidden else None
-        self.weight_grad = self.weight_sum = None
-        if weight:
-            shape = (self.padded, self.weight.shape[1])
-            self.weight_grad = empty(shape, self.weight.dtype, device) if single_row_block or not self.low else None
-            self.weight_sum = self.weight_grad if not self.low else None
-            if self.low and not single_row_block:
-                self.weight_sum = empty(shape, self.dtype, device)
+        self.rounds_pieces = self.low and single_row_block  # then the weight's gradient needs no float32 sums
+        shape = (self.padded, self.weight.shape[1])
+        dtype = self.weight.dtype if self.rounds_pieces else self.dtype
+        self.weight_grad = empty(shape, dtype, device) if weight else None
         self.bias_grad = torch.zeros(self.padded, dtype=self.dtype, device=device) if bias else None
 
     def gradient_buffer(self, tile: Tile, buffer: Tensor) -> Tensor:
@@ -105,14 +102,14 @@ class LinearHead(Head):
             out = self.hidden_grad[tile.rows]
             for columns, weight in self._weights(tile.columns):
                 out.addmm_(gradient[:, columns], weight, beta=0 if columns.start + tile.columns.start == 0 else 1)
-        if self.weight_sum is not None:
-            out = self.weight_sum[tile.columns]
-            out.addmm_(gradient.t(), self._hidden(tile.rows), beta=0 if tile.rows.start == 0 else 1)
-        elif self.weight_grad is not None:
+        if self.weight_grad is not None and self.rounds_pieces:
             hidden = self._hidden(tile.rows)
             for columns, absolute in _pieces(tile.columns, self.upcast):
                 piece = self._scratch(absolute)
                 self.weight_grad[absolute] = torch.mm(gradient[:, columns].t(), hidden, out=piece)
+        elif self.weight_grad is not None:
+            out = self.weight_grad[tile.columns]
+            out.addmm_(gradient.t(), self._hidden(tile.rows), beta=0 if tile.rows.start == 0 else 1)
         if self.bias_grad is not None:
             self.bias_grad[tile.columns] += gradient.sum(0)
 
@@ -121,12 +118,9 @@ class LinearHead(Head):
         found = []
         if self.hidden_grad is not None:
             found.append(_restore(self.hidden_grad.to(self.hidden.dtype), self.index, self.tokens))
-        if self.weight_sum is not None or self.weight_grad is not None:
-            total = self.weight_grad if self.weight_grad is not None else self.weight_sum
-            total[self.columns :] = 0
-            if not self.rows:
-                total.zero_()
-            found.append(total.to(self.weight.dtype))
+        if self.weight_grad is not None:
+            self.weight_grad[self.columns if self.rows else 0 :] = 0
+            found.append(self.weight_grad.to(self.weight.dtype))
         if self.bias_grad is not None:
             found.append(self.bias_grad.to(self.weight.dtype))
         return found

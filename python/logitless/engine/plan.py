@@ -117,7 +117,7 @@ class Plan:
 
 
 def plan(shape: Shape, machine: Machine, strategy: str = "auto", workspace: int | None = None) -> Plan:
-    """The cheapest plan within ``workspace`` bytes; by default the smallest within 5% of the best below the cap.
+    """The cheapest plan within ``workspace`` bytes; by default the smallest within 3% of the best below the cap.
 
     Raises:
         ValueError: ``strategy`` cannot serve this shape, or ``workspace`` is too small for one row.
@@ -139,7 +139,7 @@ def plan(shape: Shape, machine: Machine, strategy: str = "auto", workspace: int 
     while not (plans := [p for size in sizes for p in _plans(shape, machine, strategies, size)]):
         sizes.append(2 * sizes[-1])  # a vocabulary of which one row exceeds the cap
     best = min(p.seconds for p in plans)
-    return min((p for p in plans if p.seconds <= 1.05 * best), key=lambda p: (p.workspace, p.seconds))
+    return min((p for p in plans if p.seconds <= 1.03 * best), key=lambda p: (p.workspace, p.seconds))
 
 
 _SIZES = [round(MIB * 2 ** (step / 2)) for step in range(0, 30)]
