@@ -66,10 +66,15 @@ def statistics(
     weights: Tensor | None,
     wanted: frozenset[str],
 ) -> dict[str, Tensor]:
-    parts = [_block_statistics(student, teacher, targets, weights, wanted, rows) for rows in _row_blocks(student)]
-    if not parts:  # no rows
-        return _block_statistics(student, teacher, targets, weights, wanted, slice(0, 0))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    rows = student.z.shape[0]
+    found: dict[str, Tensor] = {}
+    # Results have their place before the temporaries come and go: small tensors left among those would fragment the heap.
+    for block in _row_blocks(student) if rows else [slice(0, 0)]:
+        for name, value in _block_statistics(student, teacher, targets, weights, wanted, block).items():
+            if name not in found:
+                found[name] = value.new_empty(rows)
+            found[name][block] = value
+    return found
 
 
 def _block_statistics(student, teacher, targets, weights, wanted, rows) -> dict[str, Tensor]:
