@@ -45,7 +45,10 @@ class Term:
         raise NotImplementedError
 
     def coefficients(self, rows: RowContext, u: Tensor, into: Coefficients) -> None:
-        """Adds the coefficients of u * d value / d s."""
+        """Adds the open coefficients of u * d value / d s: those without the balance, see :func:`statistics.close`.
+
+        They depend on u and on the inputs alone, not on statistics.
+        """
         raise NotImplementedError
 
     def encode(self) -> tuple:
@@ -209,11 +212,8 @@ class CrossEntropy(Term):
     def coefficients(self, rows: RowContext, u: Tensor, into: Coefficients) -> None:
         hard = u * (1 - self.label_smoothing) * self._class_weight(rows)
         into.add("one_hot", -hard)
-        into.add("q", hard)
         if self.label_smoothing:
-            smoothing = u * (self.label_smoothing / rows.columns)
-            into.add("q", smoothing * rows["mass"])
-            into.add("weights", -smoothing)
+            into.add("weights", -u * (self.label_smoothing / rows.columns))
 
     def _class_weight(self, rows: RowContext) -> Tensor | float:
         return rows.class_weight if self.weighted_classes else 1.0
@@ -233,7 +233,7 @@ class ZLoss(Term):
         return (rows["max"] + rows["log_sum"]) ** 2
 
     def coefficients(self, rows: RowContext, u: Tensor, into: Coefficients) -> None:
-        into.add("q", 2 * u * (rows["max"] + rows["log_sum"]))
+        into.add("q_lse", 2 * u)
 
 
 @register_term
@@ -249,7 +249,6 @@ class Entropy(Term):
 
     def coefficients(self, rows: RowContext, u: Tensor, into: Coefficients) -> None:
         into.add("q_log_q", -u)
-        into.add("q", -u * rows["entropy"])
 
 
 @register_term
@@ -265,7 +264,6 @@ class LogProb(Term):
 
     def coefficients(self, rows: RowContext, u: Tensor, into: Coefficients) -> None:
         into.add("one_hot", u)
-        into.add("q", -u)
 
 
 @register_term
@@ -281,6 +279,7 @@ class TargetLogit(Term):
 
     def coefficients(self, rows: RowContext, u: Tensor, into: Coefficients) -> None:
         into.add("one_hot", u)
+        into.add("q", u)  # against the balance: alone among these, it is not invariant to a shift of the logits
 
 
 @register_term
@@ -324,7 +323,6 @@ class Collision(Term):
 
     def coefficients(self, rows: RowContext, u: Tensor, into: Coefficients) -> None:
         into.add("q_squared", 2 * u)
-        into.add("q", -2 * u * rows["log_collision"].exp())
 
 
 @register_term
@@ -408,15 +406,12 @@ class Divergence(Term):
         u = self._squared(rows, u)
         if self.generic is not None:
             into.add(self.generic, u)
-            into.add("q", -u * rows[self.generic, "slope"])
             return
         forward, reverse = self.definition.mix(*self.computed[1])
         if forward:
-            into.add("q", forward * u)
             into.add("p", -forward * u)
         if reverse:
             into.add("q_log_ratio", reverse * u)
-            into.add("q", -reverse * u * rows["reverse_kl"])
 
     def _squared(self, rows: RowContext, x: Tensor) -> Tensor:
         return x * rows.temperature**2 if self.temperature_squared else x
@@ -461,7 +456,7 @@ class RowTerm(Term):
         return rows[self.token, "value"]
 
     def coefficients(self, rows: RowContext, u: Tensor, into: Coefficients) -> None:
-        into.add(self.token, u)
+        pass  # autograd gives the gradient
 
     def encode(self) -> tuple:
         return ("RowTerm", self.token)

@@ -254,6 +254,7 @@ class Run:
         context = self.context(s, rows)
         for term, u in zip(self.problem.terms, upstream, strict=True):
             term.coefficients(context, u, student)
+        student = statistics.close(student, s)
         if self.teacher_grad:
             exchanged = statistics.exchange(s)
             for key, value in s.items():
@@ -262,6 +263,7 @@ class Run:
             context = self.context(exchanged, rows)
             for i, adjoint in self.adjoints:
                 adjoint.coefficients(context, upstream[i], teacher)
+            teacher = statistics.close(teacher, exchanged)
         return student, teacher
 
     def differentiate(

@@ -29,7 +29,7 @@ class RowContext:
 
 
 class Coefficients(dict):
-    """Per-row coefficients by basis element: a name of ``backends.BASIS``, (divergence, parameters), a row function."""
+    """Per-row coefficients by basis element: a name of ``backends.BASIS``, "q_lse" or (divergence, parameters)."""
 
     def add(self, key: object, value: Tensor) -> None:
         self[key] = self[key] + value if key in self else value
@@ -91,6 +91,35 @@ def finish(a: Statistics) -> Statistics:
             out["forward_kl"] = a["forward"] / a["teacher_sum"] - out["teacher_log_sum"] + out["log_sum"]
             out["reverse_kl"] = -a["reverse"] / a["sum"] - out["log_sum"] + out["teacher_log_sum"]
     return out
+
+
+def close(open_coefficients: Coefficients, s: Statistics) -> Coefficients:
+    """Open coefficients with their balance added to that of q, so that terms never state it.
+
+    The gradient of a function that a shift of the logits leaves alone sums to 0 over the vocabulary. So of every term
+    q_j gets minus its coefficient times its sum over the row. What terms add to "q" and to "q_lse" (times lse) comes on
+    top.
+    """
+    closed = Coefficients(open_coefficients)
+    lse_factor = closed.pop("q_lse", None)
+    if lse_factor is not None:
+        closed.add("q", lse_factor * (s["max"] + s["log_sum"]))
+    for key, c in open_coefficients.items():
+        if isinstance(key, tuple):
+            closed.add("q", -c * s[key, "slope"])
+        elif key in _SUMS:
+            closed.add("q", -c * _SUMS[key](s))
+    return closed
+
+
+_SUMS = {  # over a row, of what a coefficient multiplies
+    "one_hot": lambda s: 1.0,
+    "p": lambda s: 1.0,
+    "weights": lambda s: s["mass"],
+    "q_log_q": lambda s: -s["entropy"],
+    "q_squared": lambda s: s["log_collision"].exp(),
+    "q_log_ratio": lambda s: s["reverse_kl"],
+}
 
 
 def exchange(s: Statistics) -> Statistics:
