@@ -16,7 +16,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-PACKAGES = {"logitless": "python/logitless"}  # a package and the folder it lives in; subpackages are found
+PACKAGES = {"logitless": "python/logitless", "logitless.kernels": "kernels"}  # a package and its folder; subpackages are found
 
 # csrc/cpu/rows.cpp is compiled once per instruction set; the best one is chosen at run time.
 COPIES = {"baseline": ""}
