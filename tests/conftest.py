@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # reference, pairwise
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: Triton's interpreter runs them
+
+sys.path.insert(0, str(Path(__file__).parent))  # reference, pairwise, interpreter
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,6 +18,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter
+
+        interpreter.correct_bfloat16()
     config.addinivalue_line("markers", "slow: left out unless --slow is given")
 
 
@@ -29,7 +37,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", "torch"])
+@pytest.fixture(params=["cpu", "triton", "torch"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend in turn, forced for the test."""
     monkeypatch.setenv("LOGITLESS_BACKEND", request.param)

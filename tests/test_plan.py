@@ -56,7 +56,7 @@ def test_budgets_are_kept_and_tiles_cover(case: dict) -> None:
         assert 0 <= found.stash_rows <= shape.tokens
         for tiling in (found.forward, found.backward):
             if tiling is not None:
-                rows = [i for block in tiling.row_blocks(0, shape.tokens) for i in (block.start, block.stop)]
+                rows = [i for block, _ in tiling.row_blocks(0, shape.tokens) for i in (block.start, block.stop)]
                 columns = [i for block in tiling.column_blocks(shape.vocab) for i in (block.start, block.stop)]
                 assert rows[:1] + rows[-1:] == ([0, shape.tokens] if shape.tokens else [])
                 assert columns[0] == 0 and columns[-1] == shape.vocab

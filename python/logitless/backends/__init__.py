@@ -1,19 +1,21 @@
 """Row kernels: the contract every backend meets, and the choice between them.
 
-A backend is a module with a ``NAME``, a ``supports(device, dtype)`` and three functions, all on *chunks* of logits
-(some rows of a head, and some or all of its columns):
+A backend is a module with a ``NAME``, a ``supports(device, dtype)``, ``LOW_PRECISION`` (whether ``z`` and ``out`` may be
+float16 or bfloat16) and these functions, all on *chunks* of logits (some rows of a head, and some or all of its columns):
 
     statistics(student, teacher, *, targets, weights, wanted)   -> accumulators       one reading of the chunk
     generic(student, teacher, normalizers, definition, parameters) -> value, slope     f-divergences given both lse
     gradient(student, teacher, normalizers, combination, out)   -> None               one writing of the chunk
+    fused(student, teacher, *, targets, weights, wanted, combination, out) -> accumulators       optional, see below
 
 **Chunk.** A chunk holds raw products ``z`` and what turns them into scaled logits,
 ``s = outer * phi(inner * (z + bias))``, with ``phi`` the identity (``inner is None``) or tanh. ``outer`` is one number
 per row; temperature, scale and softcap are folded into ``inner`` and ``outer``.
 
-**Accumulators** are merged, never finished, inside a kernel: :func:`logitless.engine.statistics.merge` joins those of
-two column ranges, :func:`~logitless.engine.statistics.finish` turns them into statistics. Per row, float64, with
-``m = max_j s_j`` (-inf for an empty or fully masked chunk; then every difference to it is taken to 0):
+**Accumulators** are joined, never finished, inside a kernel: :func:`logitless.engine.statistics.join` joins those of
+column ranges, :func:`~logitless.engine.statistics.finish` turns them into statistics. Float64, per row [rows], or
+[parts, rows] where a kernel splits rows into column ranges; with ``m = max_j s_j`` (-inf for an empty or fully masked
+range; then every difference to it is taken to 0):
 
     max        m                                    always
     sum        sum_j e^(s_j - m)                    always
@@ -21,6 +23,7 @@ two column ranges, :func:`~logitless.engine.statistics.finish` turns them into s
     first      sum_j e^(s_j - m) (s_j - m)          "entropy"
     square     sum_j e^(2 (s_j - m))                "collision"
     weighted   sum_j w_j (s_j - m)                  "weighted"  (weights None: w_j = 1)
+    mass       sum_j w_j                            "weighted"
     argmax     first j with s_j = m, int64          "argmax"
     teacher_max, teacher_sum                        a teacher given
     forward    sum_j e^(t_j - m_t) d_j              "moments", with d_j = (t_j - m_t) - (s_j - m)
@@ -35,6 +38,11 @@ A factor e^(..) that is 0 makes its product 0, whatever the other factor: masked
                          + q_log_ratio q_j (log q_j - log p_j) + sum_k c_k q_j g_k(p_j/q_j) + rows_j ]
 
 Rows that are not ``live`` get exact zeros. ``out`` may be ``student.z`` itself.
+
+**Fused.** Statistics and gradient of whole rows in one call, without a word from the host in between: the combination is
+*open* (its coefficients do not depend on statistics, and there is one more, "q_lse"), and the kernels close it as
+:func:`logitless.engine.statistics.close` does. The accumulators have, for divergence number k of the combination,
+``(k, "value")`` and ``(k, "slope")``. A backend without it is asked for statistics, generic and gradient in turn.
 """
 
 from __future__ import annotations
@@ -57,7 +65,7 @@ BASIS = ("one_hot", "q", "p", "weights", "q_log_q", "q_squared", "q_log_ratio")
 class Chunk:
     """Raw products of some rows and columns of one head, and how they become scaled logits."""
 
-    z: Tensor  # [rows, columns], compute type (float32 or float64), last stride 1
+    z: Tensor  # [rows, columns], compute type (float32 or float64) or, see LOW_PRECISION, a lower one; last stride 1
     bias: Tensor | None  # [columns], compute type
     inner: float | None  # softcap: scale / softcap; None without one
     outer: Tensor  # [rows], compute type: (softcap or scale) / temperature
@@ -87,9 +95,8 @@ class Combination:
 
 def available() -> dict[str, ModuleType | str]:
     """Every backend by name, the fastest first: its module, or the reason why it cannot run here."""
-    cpu = importlib.import_module("logitless.backends.cpu")
-    reference = importlib.import_module("logitless.backends.torch")
-    return {"cpu": cpu.PROBLEM or cpu, "torch": reference}
+    modules = {name: importlib.import_module(f"logitless.backends.{name}") for name in ("cpu", "triton", "torch")}
+    return {name: getattr(module, "PROBLEM", None) or module for name, module in modules.items()}
 
 
 def select(where: device, compute: dtype) -> ModuleType:

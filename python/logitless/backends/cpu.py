@@ -15,6 +15,7 @@ from logitless.backends import Chunk, Combination, Normalizers
 from logitless.divergences import Definition
 
 NAME = "cpu"
+LOW_PRECISION = False
 
 
 def _load():
@@ -92,6 +93,9 @@ def statistics(
         accumulators={name: tensor.data_ptr() for name, tensor in found.items()},
         threads=torch.get_num_threads(),
     )
+    if "weighted" in wanted:
+        mass = torch.tensor(float(columns), dtype=torch.float64) if weights is None else weights.double().sum()
+        found["mass"] = mass.expand(rows)
     return found
 
 

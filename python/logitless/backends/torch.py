@@ -15,6 +15,7 @@ from logitless.backends import Chunk, Combination, Normalizers
 from logitless.divergences import Definition
 
 NAME = "torch"
+LOW_PRECISION = True
 BLOCK = 1 << 17  # elements per temporary
 
 
@@ -31,7 +32,7 @@ def _row_blocks(chunk: Chunk) -> Iterator[slice]:
 
 def _scaled(chunk: Chunk, rows: slice) -> tuple[Tensor, Tensor]:
     """s and ds/dz of some rows; ds/dz is [rows, 1] without a softcap, [rows, columns] with one."""
-    z, outer = chunk.z[rows], chunk.outer[rows, None]
+    z, outer = chunk.z[rows].to(chunk.outer.dtype), chunk.outer[rows, None]
     if chunk.bias is not None:
         z = z + chunk.bias
     if chunk.inner is None:
@@ -94,6 +95,8 @@ def _block_statistics(student, teacher, targets, weights, wanted, rows) -> dict[
         found["square"] = (e * e).sum(-1)
     if "weighted" in wanted:
         found["weighted"] = (shifted if weights is None else _times(weights, shifted)).sum(-1)
+        mass = s.shape[1] if weights is None else weights.double().sum()
+        found["mass"] = torch.ones_like(maximum, dtype=torch.float64) * mass
     if "argmax" in wanted:
         found["argmax"] = argmax
     if teacher is not None:

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 
 from logitless.backends import Chunk
+from logitless.engine import products
 from logitless.engine.memory import empty
 from logitless.engine.problem import ABSENT, HeadSpec
 
 
+GAIN_TARGET = 32.0  # the largest upstream gradient of float16: 65504 is far above, and 6e-8 far below what it scales
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Some rows and some columns."""
+    """Some rows and some columns; ``group``: the rows whose low-precision gradients are multiplied together."""
 
     rows: slice
     columns: slice
+    group: slice
 
     @property
     def size(self) -> tuple[int, int]:
@@ -41,6 +46,13 @@ class Head:
         self.temperature = temperature
         self.outer = ((spec.softcap or spec.scale) / temperature).to(dtype)
         self.bias: Tensor | None = None
+        self.gain: Tensor | None = None
+
+    def amplified(self, gradients):
+        """Gradients, or a list of those, times the gain with which this head's are computed."""
+        if self.gain is None or gradients is None:
+            return gradients
+        return [g * self.gain for g in gradients] if isinstance(gradients, list) else gradients * self.gain
 
     def stashed(self, tile: Tile, z: Tensor, fill: bool) -> Chunk:
         """A chunk whose raw products are kept in ``z``; ``fill``: form them there."""
@@ -54,9 +66,16 @@ class Head:
 
 
 class LinearHead(Head):
-    """hidden [n, H] and weight [V, H]; low-precision inputs are upcast, ``upcast`` columns of the weight at a time."""
+    """hidden [n, H] and weight [V, H] of some type, and products in the compute type.
+
+    With ``low_products`` low-precision operands are multiplied as they are: gradients of logits are rounded once to that
+    type, into a buffer that holds those of a whole group of rows, so that the weight's float32 gradient is read and
+    written once a group. Gradients for float16 are computed times a power of two, the *gain*: theirs would underflow.
+    Otherwise low-precision inputs are upcast, ``upcast`` columns of the weight at a time.
+    """
 
     buffered = True
+    low_products = False
 
     def __init__(self, spec: HeadSpec, tensors: list[Tensor], index: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(spec, tensors, index, dtype)
@@ -79,14 +98,25 @@ class LinearHead(Head):
     def multiply(self, tile: Tile, out: Tensor) -> None:
         hidden = self._hidden(tile.rows)
         for columns, weight in self._weights(tile.columns):
-            torch.mm(hidden, weight.t(), out=out[:, columns])
+            products.multiply(hidden, weight.t(), out[:, columns])
 
-    def open_gradients(self, wants: tuple[bool, ...], single_row_block: bool) -> None:
-        """``single_row_block``: every column of the weight's gradient is complete after one tile."""
+    def open_gradients(
+        self, wants: tuple[bool, ...], single_group: bool, shape: tuple[int, int], upstream: list[Tensor]
+    ) -> None:
+        """``single_group``: every column of the weight's gradient is complete after one group of rows.
+
+        ``shape`` is that of the largest gradient of a group; ``upstream`` are the gradients of the terms, per row.
+        """
         hidden, weight, bias = wants
+        self.operand = None
+        if self.low and self.low_products and any(wants):
+            self.operand = empty(shape, self.weight.dtype, self.device)
+            if self.weight.dtype == torch.float16:
+                largest = sum(u.abs() for u in upstream).amax() if self.rows else upstream[0].new_zeros(())
+                self.gain = torch.exp2(torch.floor(torch.log2(GAIN_TARGET / largest.clamp(min=1e-30))))
         shape, device = (self.rows, self.hidden.shape[1]), self.device
         self.hidden_grad = empty(shape, self.dtype, device) if hidden else None
-        self.rounds_pieces = self.low and single_row_block  # then the weight's gradient needs no float32 sums
+        self.rounds_pieces = self.low and single_group and self.gain is None  # then it needs no float32 sums
         shape = (self.padded, self.weight.shape[1])
         dtype = self.weight.dtype if self.rounds_pieces else self.dtype
         self.weight_grad = empty(shape, dtype, device) if weight else None
@@ -94,28 +124,42 @@ class LinearHead(Head):
 
     def gradient_buffer(self, tile: Tile, buffer: Tensor) -> Tensor:
         """Where the gradient of a tile is to be written before :meth:`accumulate`."""
-        return buffer[: tile.size[0] * tile.size[1]].view(tile.size)
+        if self.operand is None:
+            return buffer[: tile.size[0] * tile.size[1]].view(tile.size)
+        rows = slice(tile.rows.start - tile.group.start, tile.rows.stop - tile.group.start)
+        return self.operand[rows, : tile.size[1]]
 
     def accumulate(self, tile: Tile, gradient: Tensor) -> None:
         """Adds the gradient of a tile of raw products; the first tile of a row or column range comes first."""
+        rows = tile.rows
+        if self.operand is not None:
+            rows = tile.group
+            if tile.rows.stop < rows.stop:
+                return  # more of the group is to come
+            gradient = self.operand[: rows.stop - rows.start, : tile.size[1]]
         if self.hidden_grad is not None:
-            out = self.hidden_grad[tile.rows]
+            out = self.hidden_grad[rows]
             for columns, weight in self._weights(tile.columns):
-                out.addmm_(gradient[:, columns], weight, beta=0 if columns.start + tile.columns.start == 0 else 1)
-        if self.weight_grad is not None and self.rounds_pieces:
-            hidden = self._hidden(tile.rows)
+                products.multiply(gradient[:, columns], weight, out, add=columns.start + tile.columns.start > 0)
+        if self.weight_grad is not None and self.rounds_pieces and self.operand is None:
+            hidden = self._hidden(rows)
             for columns, absolute in _pieces(tile.columns, self.upcast):
                 piece = self._scratch(absolute)
                 self.weight_grad[absolute] = torch.mm(gradient[:, columns].t(), hidden, out=piece)
         elif self.weight_grad is not None:
             out = self.weight_grad[tile.columns]
-            out.addmm_(gradient.t(), self._hidden(tile.rows), beta=0 if tile.rows.start == 0 else 1)
+            products.multiply(gradient.t(), self._hidden(rows), out, add=rows.start > 0)
         if self.bias_grad is not None:
-            self.bias_grad[tile.columns] += gradient.sum(0)
+            self.bias_grad[tile.columns] += gradient.sum(0, dtype=self.dtype)
 
     def gradients(self) -> list[Tensor]:
         """Those asked for, in the order and types of the inputs."""
         found = []
+        self.operand = None
+        if self.gain is not None:
+            for gradient in (self.hidden_grad, self.weight_grad, self.bias_grad):
+                if gradient is not None:
+                    gradient /= self.gain
         if self.hidden_grad is not None:
             found.append(_restore(self.hidden_grad.to(self.hidden.dtype), self.index, self.tokens))
         if self.weight_grad is not None:
@@ -126,11 +170,12 @@ class LinearHead(Head):
         return found
 
     def _hidden(self, rows: slice) -> Tensor:
-        return self.hidden[rows].to(self.dtype)
+        hidden = self.hidden[rows]
+        return hidden if self.low_products else hidden.to(self.dtype)
 
     def _weights(self, columns: slice):
         """(columns relative to the tile, their weight in the compute type)."""
-        if not self.low:
+        if not self.low or self.low_products:
             yield slice(0, columns.stop - columns.start), self.weight[columns]
             return
         for piece, absolute in _pieces(columns, self.upcast):
@@ -144,14 +189,17 @@ class LinearHead(Head):
 
 
 class DenseHead(Head):
-    """Materialised logits [n, V]: chunks are views where the type allows, and gradients are written in place."""
+    """Materialised logits [n, V]: chunks are views where the backend takes the type, gradients are written in place."""
 
-    def __init__(self, spec: HeadSpec, tensors: list[Tensor], index: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: HeadSpec, tensors: list[Tensor], index: Tensor | None, dtype: torch.dtype, direct: bool
+    ) -> None:
         super().__init__(spec, tensors, index, dtype)
         self.logits = tensors[spec.inputs[0]]
         self.padded = self.logits.shape[1]
         self.columns = self.padded if spec.vocab_size is None else spec.vocab_size
-        self.buffered = self.logits.dtype != dtype or index is not None or self.logits.stride(-1) != 1
+        same = direct or self.logits.dtype == dtype
+        self.buffered = not same or index is not None or self.logits.stride(-1) != 1
 
     def chunk(self, tile: Tile, buffer: Tensor | None) -> Chunk:
         if not self.buffered:
@@ -167,7 +215,9 @@ class DenseHead(Head):
             for row, source in enumerate(self.index[tile.rows].tolist()):  # row by row: no second copy of the tile
                 out[row].copy_(self.logits[source, tile.columns])
 
-    def open_gradients(self, wants: tuple[bool, ...], single_row_block: bool) -> None:
+    def open_gradients(
+        self, wants: tuple[bool, ...], single_group: bool, shape: tuple[int, int], upstream: list[Tensor]
+    ) -> None:
         self.logits_grad = None
         if wants[0]:
             self.logits_grad = empty(tuple(self.logits.shape), self.logits.dtype, self.device)
@@ -194,9 +244,10 @@ class DenseHead(Head):
 
 
 def make_head(
-    spec: HeadSpec, tensors: list[Tensor], index: Tensor | None, dtype: torch.dtype
+    spec: HeadSpec, tensors: list[Tensor], index: Tensor | None, dtype: torch.dtype, direct: bool
 ) -> LinearHead | DenseHead:
-    return (LinearHead if spec.linear else DenseHead)(spec, tensors, index, dtype)
+    """``direct``: the backend reads and writes low-precision logits."""
+    return LinearHead(spec, tensors, index, dtype) if spec.linear else DenseHead(spec, tensors, index, dtype, direct)
 
 
 def _pieces(columns: slice, width: int):

@@ -49,14 +49,16 @@ class Run:
                 targets = targets[self.index]
         self.targets = None if targets is None else targets.long()
 
-        self.student = make_head(problem.student, tensors, self.index, self.dtype)
-        self.teacher = problem.teacher and make_head(problem.teacher, tensors, self.index, self.dtype)
+        self.backend = backends.select(self.device, self.dtype)
+        self.machine = planning.machine(self.device)
+        direct = self.backend.LOW_PRECISION
+        self.student = make_head(problem.student, tensors, self.index, self.dtype, direct)
+        self.teacher = problem.teacher and make_head(problem.teacher, tensors, self.index, self.dtype, direct)
         self.heads = [head for head in (self.student, self.teacher) if head is not None]
         self.tokens, self.rows, self.columns = self.student.tokens, self.student.rows, columns
         if self.live is not None:  # what is not checked poisons its row
             wrong = self.live & ((self.targets < 0) | (self.targets >= columns))
             self.student.outer = torch.where(wrong, torch.nan, self.student.outer)
-        self.backend = backends.select(self.device, self.dtype)
 
         self.class_weights = None
         self.class_weight: Tensor | float = 1.0
@@ -86,10 +88,10 @@ class Run:
             whole_rows=bool(self.generic_terms or self.row_terms),
             scratch=(ROW_FUNCTION_BUFFERS if self.row_terms else 0) + self.teacher_grad,
         )
-        machine = planning.cpu(torch.get_num_threads()) if self.device.type == "cpu" else planning.gpu()
-        chosen = planning.plan(shape, machine, self.problem.strategy, self.problem.workspace)
+        chosen = planning.plan(shape, self.machine, self.problem.strategy, self.problem.workspace)
         for head in self.heads:
             head.upcast = chosen.upcast
+            head.low_products = self.machine.low_products
         return chosen
 
     # ---- the walk
@@ -102,13 +104,13 @@ class Run:
         ``stash`` [heads, rows, V] holds the raw products of the first rows (or, with ``fill``, receives them).
         """
         kept = 0 if stash is None else stash.shape[1]
-        blocks = [*tiling.row_blocks(0, kept), *tiling.row_blocks(kept, self.rows)]
-        longest = max((block.stop - block.start for block in blocks), default=0)
+        blocks = [*tiling.row_blocks(0, kept), *tiling.row_blocks(kept, self.rows)] or [(slice(0, 0), slice(0, 0))]
+        longest = max((block.stop - block.start for block, _ in blocks), default=0)
         self.buffers = [self._buffer(longest, tiling) if head.buffered else None for head in self.heads]
         self.spare = self._buffer(longest, tiling) if self.teacher_grad and self.teacher.buffered else None
         for columns in tiling.column_blocks(self.columns):
-            for block in blocks:
-                tile = Tile(block, columns)
+            for block, group in blocks:
+                tile = Tile(block, columns, group)
                 layers = iter(() if stash is None or block.stop > kept else stash)
                 chunks = []
                 for head, buffer in zip(self.heads, self.buffers, strict=True):
@@ -122,6 +124,55 @@ class Run:
 
     def _buffer(self, rows: int, tiling: Tiling) -> Tensor:
         return empty((rows * min(tiling.columns, self.columns),), self.dtype, self.device)
+
+    def evaluate(
+        self, tiling: Tiling, upstream: list[Tensor] | None = None, stash: Tensor | None = None, fill: bool = False
+    ) -> Statistics:
+        """Statistics of all rows; with ``upstream`` (per term [rows]) the gradients of whole rows are formed on the way."""
+        if upstream is not None and hasattr(self.backend, "fused") and not (self.teacher_grad or self.row_terms):
+            return self._evaluate_fused(tiling, upstream)
+        found = []
+        for tile, student, teacher, s in self.finished_rows(tiling, stash, fill):
+            u = None if upstream is None else [x[tile.rows] for x in upstream]
+            values, row_gradients = self.row_functions(tile, student, teacher, u)
+            s |= values
+            if u is not None:
+                self.differentiate(tile, student, teacher, s, self.coefficients(s, u, tile.rows), row_gradients)
+            found.append(s)
+        return {name: torch.cat([s[name] for s in found]) for name in found[0]}
+
+    def _evaluate_fused(self, tiling: Tiling, upstream: list[Tensor]) -> Statistics:
+        """The same in one call of the backend per tile: small operations between kernels would cost as much as those."""
+        opened = Coefficients()
+        context = self.context({}, slice(None))
+        for term, u in zip(self.problem.terms, self.student.amplified(upstream), strict=True):
+            term.coefficients(context, u, opened)
+        opened = {key: c.to(self.dtype) for key, c in opened.items()}
+        found = []
+        for tile, student, teacher in self.walk(tiling):
+            out = self.student.gradient_buffer(tile, self.buffers[0])
+            combination = self._combination(tile, student, {key: c[tile.rows] for key, c in opened.items()}, None)
+            found.append(
+                self.backend.fused(
+                    student,
+                    teacher,
+                    targets=self._targets(tile),
+                    weights=self.class_weights,
+                    wanted=self.wanted,
+                    combination=combination,
+                    out=out,
+                )
+            )
+            self.student.accumulate(tile, out)
+        if len({part["max"].shape[:-1] for part in found}) > 1:
+            found = [statistics.join(part) if part["max"].dim() == 2 else part for part in found]
+        accumulators = {name: torch.cat([part[name] for part in found], -1) for name in found[0]}
+        if accumulators["max"].dim() == 2:
+            accumulators = statistics.join(accumulators)
+        s = statistics.finish(accumulators)
+        for k, key in enumerate(key for key in opened if isinstance(key, tuple)):
+            s[key, "value"], s[key, "slope"] = accumulators[k, "value"], accumulators[k, "slope"]
+        return s
 
     def finished_rows(
         self, tiling: Tiling, stash: Tensor | None = None, fill: bool = False
@@ -145,9 +196,8 @@ class Run:
         found = self.backend.statistics(
             student, teacher, targets=self._targets(tile), weights=weights, wanted=self.wanted
         )
-        if "weighted" in found:
-            mass = tile.size[1] if weights is None else weights.double().sum()
-            found["mass"] = torch.full_like(found["max"], 1.0) * mass
+        if found["max"].dim() == 2:
+            found = statistics.join(found)
         if "argmax" in found:
             found["argmax"] = found["argmax"] + tile.columns.start
         return found
@@ -239,11 +289,16 @@ class Run:
     def with_gradient(self) -> bool:
         return self.student_grad or self.teacher_grad
 
-    def open_gradients(self, tiling: Tiling, kept: int = 0, only_hidden: bool = False) -> None:
-        row_blocks = sum(1 for part in ((0, kept), (kept, self.rows)) for _ in tiling.row_blocks(*part))
+    def open_gradients(
+        self, tiling: Tiling, upstream: list[Tensor], kept: int = 0, only_hidden: bool = False
+    ) -> None:
+        groups = [group for part in ((0, kept), (kept, self.rows)) for _, group in tiling.row_blocks(*part)]
+        longest = max((group.stop - group.start for group in groups), default=0)
+        shape = (longest, min(tiling.columns, self.columns))
         for head in self.heads:
             wants = head.spec.wants_grad
-            head.open_gradients((wants[0], False, False) if only_hidden else wants, row_blocks <= 1)
+            wants = (wants[0], False, False) if only_hidden else wants
+            head.open_gradients(wants, len({group.start for group in groups}) <= 1, shape, upstream)
 
     def gradients(self) -> list[Tensor]:
         return [gradient for head in self.heads for gradient in head.gradients()]
@@ -252,7 +307,7 @@ class Run:
         """Coefficients of the student's and the teacher's gradient, given d loss / d value of every term."""
         student, teacher = Coefficients(), Coefficients()
         context = self.context(s, rows)
-        for term, u in zip(self.problem.terms, upstream, strict=True):
+        for term, u in zip(self.problem.terms, self.student.amplified(upstream), strict=True):
             term.coefficients(context, u, student)
         student = statistics.close(student, s)
         if self.teacher_grad:
@@ -261,8 +316,9 @@ class Run:
                 if key[0] == "teacher":
                     exchanged[key[1:]] = value
             context = self.context(exchanged, rows)
+            amplified = self.teacher.amplified(upstream)
             for i, adjoint in self.adjoints:
-                adjoint.coefficients(context, upstream[i], teacher)
+                adjoint.coefficients(context, amplified[i], teacher)
             teacher = statistics.close(teacher, exchanged)
         return student, teacher
 
@@ -280,12 +336,12 @@ class Run:
         if self.teacher_grad:  # first, into a buffer of its own: the student's gradient reads the teacher's chunk
             gradient = self.teacher.gradient_buffer(tile, self.spare)
             normalizers = statistics.normalizers(statistics.exchange(s), self.dtype)
-            combination = self._combination(tile, teacher, coefficients[1], row_gradients[1])
+            combination = self._combination(tile, teacher, coefficients[1], self.teacher.amplified(row_gradients[1]))
             self.backend.gradient(teacher, student, normalizers, combination, gradient)
         if self.student_grad:
             out = self.student.gradient_buffer(tile, self.buffers[0])
             normalizers = statistics.normalizers(s, self.dtype)
-            combination = self._combination(tile, student, coefficients[0], row_gradients[0])
+            combination = self._combination(tile, student, coefficients[0], self.student.amplified(row_gradients[0]))
             self.backend.gradient(student, teacher, normalizers, combination, out)
             self.student.accumulate(tile, out)
         if gradient is not None:
@@ -298,7 +354,7 @@ class Run:
             if isinstance(key, tuple)
         )
         return Combination(
-            {key: c.to(self.dtype) for key, c in coefficients.items() if key in backends.BASIS},
+            {key: c.to(self.dtype) for key, c in coefficients.items() if not isinstance(key, tuple)},
             self._targets(tile),
             None if self.class_weights is None else self.class_weights[tile.columns],
             generic,
@@ -353,17 +409,10 @@ def reduced(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Te
     factors = run.factors()
     upstream = [scale * factor for scale, factor in zip(run.scales(0), factors, strict=True)]
     if run.with_gradient:
-        run.open_gradients(tiling)
-    totals = torch.zeros(len(problem.terms), dtype=torch.float64, device=run.device)
-    for tile, student, teacher, s in run.finished_rows(tiling):
-        u = [x[tile.rows] for x in upstream]
-        values, row_gradients = run.row_functions(tile, student, teacher, u if run.with_gradient else None)
-        s |= values
-        for i, value in enumerate(run.term_values(s, tile.rows)):
-            totals[i] += (factors[i][tile.rows] * value).sum()
-        if run.with_gradient:
-            run.differentiate(tile, student, teacher, s, run.coefficients(s, u, tile.rows), row_gradients)
-    student = teacher = row_gradients = None  # the chunk goes before the results come
+        run.open_gradients(tiling, upstream)
+    s = run.evaluate(tiling, upstream if run.with_gradient else None)
+    values = run.term_values(s, slice(None))
+    totals = torch.stack([(factor * value).sum() for factor, value in zip(factors, values, strict=True)])
     loss = sum(scale * total for scale, total in zip(run.scales(0), totals, strict=True))
     gradients = run.gradients() if run.with_gradient else []
     return loss.to(run.dtype), totals.to(run.dtype), run.live_count(), gradients
@@ -378,39 +427,28 @@ def per_row(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Te
     run = Run(problem, tensors, per_row=True)
     plan = run.plan()
     factors = run.factors()
-    channels = torch.zeros(len(problem.channels), run.rows, dtype=torch.float64, device=run.device)
-    terms = torch.zeros(len(problem.terms), run.rows, dtype=torch.float64, device=run.device)
-    argmax = torch.zeros(run.rows if problem.argmax else 0, dtype=torch.long, device=run.device)
-    names = statistic_names(problem)
-    kept = torch.zeros(len(names) if run.with_gradient else 0, run.tokens, dtype=torch.float64, device=run.device)
     stash = None
     if plan.stash_rows:
         buffered = sum(head.buffered for head in run.heads)
         stash = empty((buffered, plan.stash_rows, run.columns), run.dtype, run.device)
-    frozen = plan.strategy == "frozen"
-    if frozen:
-        run.open_gradients(plan.forward, only_hidden=True)
-    for tile, student, teacher, s in run.finished_rows(plan.forward, stash, fill=True):
-        rows = tile.rows
-        u = [scale * factor[rows] for scale, factor in zip(run.scales(0), factors, strict=True)]
-        values, row_gradients = run.row_functions(tile, student, teacher, u if frozen else None)
-        s |= values
-        for i, value in enumerate(run.term_values(s, rows)):
-            terms[i, rows] = factors[i][rows] * value
-        if problem.argmax:
-            argmax[rows] = run.live_values(s["argmax"], rows)
-        if run.with_gradient:
-            kept[:, rows] = torch.stack([s[name] for name in names])
-        if frozen:
-            run.differentiate(tile, student, teacher, s, run.coefficients(s, u, rows), row_gradients)
-    for k in range(len(problem.channels)):
-        for scale, values in zip(run.scales(k), terms, strict=True):
-            if scale:
-                channels[k] += scale * values
+    upstream = None
+    if frozen := plan.strategy == "frozen":
+        upstream = [scale * factor for scale, factor in zip(run.scales(0), factors, strict=True)]
+        run.open_gradients(plan.forward, upstream, only_hidden=True)
+    s = run.evaluate(plan.forward, upstream, stash, fill=True)
+    values = run.term_values(s, slice(None))
+    terms = torch.stack([factor * value for factor, value in zip(factors, values, strict=True)])
+    channels = torch.stack([_weighted_sum(run.scales(k), terms) for k in range(len(problem.channels))])
+    argmax = run.live_values(s["argmax"]) if problem.argmax else torch.zeros(0, dtype=torch.long, device=run.device)
+    kept = torch.zeros(0, run.tokens, dtype=torch.float64, device=run.device)
+    if run.with_gradient:
+        names = statistic_names(problem)
+        kept = torch.zeros(len(names), run.tokens, dtype=torch.float64, device=run.device)
+        kept[:, : run.rows] = torch.stack([s[name] for name in names])
     extra = torch.zeros(0, dtype=run.dtype, device=run.device) if stash is None else stash
     if frozen:
         extra = empty((run.tokens, run.student.hidden.shape[1]), run.dtype, run.device)
-        extra[: run.rows] = run.student.hidden_grad
+        extra[: run.rows] = run.student.hidden_grad if run.student.gain is None else run.student.hidden_grad / run.student.gain
         extra[run.rows :] = 0
     results = (run.restore(x.to(run.dtype)) for x in (channels, terms))
     return (*results, run.restore(argmax) if problem.argmax else argmax, [kept, extra] if run.with_gradient else [])
@@ -434,9 +472,9 @@ def per_row_backward(problem: Problem, tensors: list[Tensor], state: list[Tensor
         for i in range(len(problem.terms))
     ]
     stash = extra if strategy == "stash" else None
-    coefficients = run.coefficients(s, u, slice(0, run.rows))
     tiling = run.plan().backward
-    run.open_gradients(tiling, 0 if stash is None else stash.shape[1])
+    run.open_gradients(tiling, u, 0 if stash is None else stash.shape[1])
+    coefficients = run.coefficients(s, u, slice(0, run.rows))
     for tile, student, teacher in run.walk(tiling, stash):
         rows = tile.rows
         _, row_gradients = run.row_functions(tile, student, teacher, [x[rows] for x in u])
@@ -445,6 +483,14 @@ def per_row_backward(problem: Problem, tensors: list[Tensor], state: list[Tensor
             tile, student, teacher, {key: value[rows] for key, value in s.items()}, of_rows, row_gradients
         )
     return run.gradients()
+
+
+def _weighted_sum(scales: list[float], values: Tensor) -> Tensor:
+    total = torch.zeros_like(values[0])
+    for scale, value in zip(scales, values, strict=True):
+        if scale:  # infinite values of terms that have no part stay out
+            total = total + scale * value
+    return total
 
 
 def _frozen_gradient(run: Run, s: Statistics, d: Tensor, upstream: Tensor) -> Tensor:

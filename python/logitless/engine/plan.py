@@ -15,8 +15,13 @@ stash      recompute, with the logits of some rows kept     between eager and re
 Passes that need whole rows walk over row blocks. The others take as many rows as they can and walk over the vocabulary:
 each slice of the weight is then read, and each slice of its gradient written, once.
 
-The cost model is ``flops / machine.flops + bytes / machine.bandwidth + touched bytes / machine.touch + tiles *
-machine.overhead``: enough to weigh chunk sizes, not a promise of seconds.
+Where low-precision operands are multiplied as they are (GPUs), gradients of logits go into a buffer of that type, which
+may hold a *group* of several row blocks: few rows of float32 logits, many rows of gradients for each product with the
+weight's gradient, whose float32 sums are read and written once a group.
+
+The cost model is ``products + bytes / machine.bandwidth + touched bytes / machine.touch + tiles * machine.overhead``:
+enough to weigh chunk sizes, not a promise of seconds. A product takes ``flops / machine.flops``, and the reading of the
+weight is added (CPUs) or runs beside it (``machine.overlaps``).
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
 
 MIB = 1 << 20
 
@@ -38,6 +45,13 @@ class Machine:
     touch: float  # first touch of fresh memory
     overhead: float
     cap: int
+    low_flops: float = 0.0  # of products of low-precision operands with a float32 result, where ``low_products``
+    low_products: bool = False  # low-precision operands are multiplied as they are, not upcast
+    overlaps: bool = False  # operands are read beside the arithmetic
+
+
+def machine(device: torch.device) -> Machine:
+    return cpu(torch.get_num_threads()) if device.type == "cpu" else gpu()
 
 
 def cpu(threads: int) -> Machine:
@@ -46,8 +60,8 @@ def cpu(threads: int) -> Machine:
 
 
 def gpu() -> Machine:
-    """Of the order of an H100, not measured: 50 TFLOP/s, for low-precision inputs are upcast to float32, and 3 TB/s."""
-    return Machine("gpu", 5e13, 3e12, math.inf, 2e-5, 1024 * MIB)
+    """An H100's rates as its vendor and a first look state them: to be replaced by measured ones, see docs/status.md."""
+    return Machine("gpu", 5e13, 2.9e12, math.inf, 6e-5, 1024 * MIB, 6.5e14, low_products=True, overlaps=True)
 
 
 @dataclass(frozen=True)
@@ -86,14 +100,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Blocks of one pass."""
+    """Blocks of one pass: logits of ``rows`` x ``columns``, low-precision gradients of ``group`` x ``columns``."""
 
     rows: int
     columns: int
+    group: int = 0  # 0: as many as rows
 
-    def row_blocks(self, start: int, stop: int) -> Iterator[slice]:
-        """Balanced blocks of at most ``rows`` of [start, stop)."""
-        return _balanced(start, stop, self.rows)
+    def row_blocks(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+        """Balanced (block, group) of [start, stop): at most ``rows`` each, in groups of at most ``group``."""
+        for group in _balanced(start, stop, max(self.rows, self.group)):
+            for block in _balanced(group.start, group.stop, self.rows):
+                yield block, group
 
     def column_blocks(self, vocab: int) -> Iterator[slice]:
         for start in range(0, vocab, self.columns):
@@ -171,24 +188,24 @@ def _plans(shape: Shape, machine: Machine, strategies: list[str], budget: int) -
 
 
 def _forward(shape: Shape, machine: Machine, strategy: str, budget: int) -> Plan | None:
-    room = budget - _upcast(shape, budget)[1]
-    tiling = _whole_tiling(shape, room) if shape.whole_rows else _sliced_tiling(shape, room)
-    return tiling and _priced(shape, machine, strategy, tiling, None, 0, budget)
+    room = budget - _upcast(shape, machine, budget)[1]
+    tilings = _whole_tilings(shape, machine, room, 0) if shape.whole_rows else _sliced_tilings(shape, machine, room, 0)
+    return _best(_priced(shape, machine, strategy, tiling, None, 0, budget) for tiling in tilings)
 
 
 def _eager(shape: Shape, machine: Machine, strategy: str, budget: int) -> Plan | None:
-    tiling = _whole_tiling(shape, budget - _upcast(shape, budget)[1])
-    return tiling and _priced(shape, machine, strategy, tiling, None, 0, budget)
+    room = budget - _upcast(shape, machine, budget)[1]
+    tilings = _whole_tilings(shape, machine, room, _operand(shape, machine))
+    return _best(_priced(shape, machine, strategy, tiling, None, 0, budget) for tiling in tilings)
 
 
 def _recompute(shape: Shape, machine: Machine, strategy: str, budget: int, stash_rows: int = 0) -> Plan | None:
-    room = budget - _upcast(shape, budget)[1] - stash_rows * _row_bytes(shape)
-    forward = _whole_tiling(shape, room) if shape.whole_rows else _sliced_tiling(shape, room)
+    room = budget - _upcast(shape, machine, budget)[1] - stash_rows * _row_bytes(shape)
+    forward = (_whole_tilings if shape.whole_rows else _sliced_tilings)(shape, machine, room, 0)
     # a row function differentiates whole rows, and it has scratch
-    backward = _whole_tiling(shape, room) if shape.scratch > 1 else _sliced_tiling(shape, room)
-    if forward is None or backward is None:
-        return None
-    return _priced(shape, machine, strategy, forward, backward, stash_rows, budget)
+    whole = shape.scratch > 1
+    backward = (_whole_tilings if whole else _sliced_tilings)(shape, machine, room, _operand(shape, machine))
+    return _best(_priced(shape, machine, strategy, f, b, stash_rows, budget) for f in forward for b in backward)
 
 
 def _stash(shape: Shape, machine: Machine, strategy: str, budget: int) -> Plan | None:
@@ -198,51 +215,74 @@ def _stash(shape: Shape, machine: Machine, strategy: str, budget: int) -> Plan |
     return _recompute(shape, machine, strategy, budget, stash_rows)
 
 
+def _best(plans: Iterator[Plan]) -> Plan | None:
+    return min(plans, key=lambda p: p.seconds, default=None)
+
+
 def _row_bytes(shape: Shape) -> int:
     """Of the logits of one row, of all buffered heads."""
     return max(1, sum(side.buffered for side in shape.sides)) * shape.vocab * shape.itemsize
 
 
-def _upcast(shape: Shape, budget: int) -> tuple[int, int]:
+def _low(shape: Shape) -> list[Side]:
+    return [side for side in shape.sides if side.hidden and side.itemsize < shape.itemsize]
+
+
+def _upcast(shape: Shape, machine: Machine, budget: int) -> tuple[int, int]:
     """(columns, bytes) of low-precision weight upcast at a time: an eighth of the budget, at most 16 MiB."""
-    low = [side.hidden for side in shape.sides if side.hidden and side.itemsize < shape.itemsize]
-    if not low:
+    low = [side.hidden for side in _low(shape)]
+    if not low or machine.low_products:
         return shape.vocab, 0
     width = max(low) * shape.itemsize
     columns = max(1, min(shape.vocab, min(budget // 8, 16 * MIB) // width))
     return columns, columns * width
 
 
-def _low_hidden_bytes(shape: Shape) -> int:
+def _low_hidden_bytes(shape: Shape, machine: Machine) -> int:
     """Of the upcast hidden states of one row."""
-    low = [side.hidden for side in shape.sides if side.hidden and side.itemsize < shape.itemsize]
-    return sum(low) * shape.itemsize
+    return 0 if machine.low_products else sum(side.hidden for side in _low(shape)) * shape.itemsize
+
+
+def _operand(shape: Shape, machine: Machine) -> int:
+    """Bytes of an element's gradients in low precision, of all heads that have such."""
+    wants = [side.itemsize for side in _low(shape) if side.hidden_grad or side.weight_grad]
+    return sum(wants) if machine.low_products else 0
 
 
 def _buffers(shape: Shape) -> int:
     return sum(side.buffered for side in shape.sides) + shape.scratch
 
 
-def _whole_tiling(shape: Shape, room: int) -> Tiling | None:
-    per_row = _buffers(shape) * shape.vocab * shape.itemsize + _low_hidden_bytes(shape)
-    rows = room // per_row if per_row else shape.tokens
-    return Tiling(_even(shape.tokens, rows), shape.vocab) if rows >= 1 else None
+def _whole_tilings(shape: Shape, machine: Machine, room: int, operand: int) -> list[Tiling]:
+    per_row = _buffers(shape) * shape.vocab * shape.itemsize + _low_hidden_bytes(shape, machine)
+    per_gradient = operand * shape.vocab
+    rows = room // (per_row + per_gradient) if per_row + per_gradient else shape.tokens
+    if rows < 1:
+        return []
+    tilings = [Tiling(_even(shape.tokens, rows), shape.vocab)]
+    if per_gradient:  # few rows of logits, many of gradients
+        for block in (256, 512, 1024, 2048, 4096):
+            if block < rows and (group := (room - block * per_row) // per_gradient) > block:
+                group = _even(shape.tokens, group)
+                tilings.append(Tiling(min(block, _even(group, block)), shape.vocab, group))
+    return tilings
 
 
-def _sliced_tiling(shape: Shape, room: int) -> Tiling | None:
+def _sliced_tilings(shape: Shape, machine: Machine, room: int, operand: int) -> list[Tiling]:
     """The fewest row blocks whose slices are still wide enough for efficient products."""
-    element = max(1, _buffers(shape)) * shape.itemsize
+    element = max(1, _buffers(shape)) * shape.itemsize + operand
     narrow = min(shape.vocab, 1024)
+    hidden = _low_hidden_bytes(shape, machine)
     rows = max(1, shape.tokens)
-    while rows > 1 and rows * (element * narrow + _low_hidden_bytes(shape)) > room:
+    while rows > 1 and rows * (element * narrow + hidden) > room:
         rows = -(-rows // 2)
-    columns = (room - rows * _low_hidden_bytes(shape)) // (rows * element)
+    columns = (room - rows * hidden) // (rows * element)
     if columns < 1:
-        return None
+        return []
     if columns < shape.vocab:  # whole cache lines, and balanced slices
         blocks = -(-shape.vocab // columns)
         columns = min(columns, -(-shape.vocab // blocks // 16) * 16)
-    return Tiling(rows, min(columns, shape.vocab))
+    return [Tiling(rows, min(columns, shape.vocab))]
 
 
 def _least(shape: Shape, strategies: list[str]) -> int:
@@ -268,58 +308,66 @@ def _priced(
     budget: int,
 ) -> Plan:
     n, v = shape.tokens, shape.vocab
-    upcast, upcast_bytes = _upcast(shape, budget)
+    upcast, upcast_bytes = _upcast(shape, machine, budget)
     fused = strategy in ("eager", "frozen")
     gradient_pass = forward if fused else backward
-    flops = traffic = accumulators = 0.0
-    products = 0.0
-    tiles = 0
-    for tiling in (forward, backward):
-        if tiling is not None:
-            tiles += _count(n, tiling.rows) * _count(v, tiling.columns)
+    seconds = traffic = accumulators = products = 0.0
+    tiles = sum(
+        _count(n, tiling.rows) * _count(v, tiling.columns) for tiling in (forward, backward) if tiling is not None
+    )
+
+    def multiply(share: float, flops: float, read: float) -> float:
+        """Seconds of a share of a product that reads so many bytes of operands."""
+        rate = machine.low_flops if low and machine.low_products else machine.flops
+        times = (share * flops / rate, read / machine.bandwidth)
+        return max(times) if machine.overlaps else sum(times)
+
     for side in shape.sides:
         if not side.hidden:
             continue
+        low = side.itemsize < shape.itemsize
         g = 2.0 * n * side.hidden * v
-        read = v * side.hidden * (side.itemsize + (2 * shape.itemsize if side.itemsize < shape.itemsize else 0))
+        upcasts = low and not machine.low_products
+        read = v * side.hidden * (side.itemsize + (2 * shape.itemsize if upcasts else 0))
         products += 1
-        flops += g
-        traffic += _count(n, forward.rows) * read
+        seconds += multiply(1, g, _count(n, forward.rows) * read)
         if backward is not None:
             share = 1 - stash_rows / max(n, 1)
             products += share
-            flops += share * g
-            traffic += _count(n, backward.rows) * read
+            seconds += multiply(share, g, _count(n, backward.rows) * read)
         if gradient_pass is None:
             continue
-        row_blocks = _count(n, gradient_pass.rows)
+        groups = _count(n, max(gradient_pass.rows, gradient_pass.group))
         column_blocks = _count(v, gradient_pass.columns)
         if side.hidden_grad:
             products += 1
-            flops += g
-            traffic += row_blocks * read + 2 * column_blocks * n * side.hidden * shape.itemsize
-            if side.itemsize < shape.itemsize:
+            seconds += multiply(1, g, groups * read)
+            traffic += 2 * column_blocks * n * side.hidden * shape.itemsize
+            if low:
                 accumulators += n * side.hidden * shape.itemsize
         if side.weight_grad and strategy != "frozen":
             products += 1
-            flops += g
-            traffic += 2 * row_blocks * v * side.hidden * shape.itemsize
-            if side.itemsize < shape.itemsize and row_blocks > 1:
+            seconds += multiply(1, g, 0)
+            traffic += 2 * groups * v * side.hidden * shape.itemsize
+            if low and groups > 1:
                 accumulators += v * side.hidden * shape.itemsize
     sweeps = 2 + (4 if gradient_pass is not None else 0) + (1 if backward is not None else 0)
     traffic += sweeps * len(shape.sides) * n * v * shape.itemsize
-    tiles_bytes = max(
-        t.rows * (_buffers(shape) * t.columns * shape.itemsize + _low_hidden_bytes(shape))
-        for t in (forward, backward)
-        if t is not None
-    )
+    tiles_bytes = 0
+    for tiling in (forward, backward):
+        if tiling is None:
+            continue
+        size = tiling.rows * (_buffers(shape) * tiling.columns * shape.itemsize + _low_hidden_bytes(shape, machine))
+        if tiling is gradient_pass:
+            size += max(tiling.rows, tiling.group) * tiling.columns * _operand(shape, machine)
+        tiles_bytes = max(tiles_bytes, size)
     workspace = tiles_bytes + upcast_bytes + stash_rows * _row_bytes(shape)
     state = 0
     if strategy == "frozen":
         state = n * shape.student.hidden * shape.itemsize
     elif backward is not None:
         state = 64 * n
-    seconds = flops / machine.flops + traffic / machine.bandwidth + workspace / machine.touch + tiles * machine.overhead
+    seconds += traffic / machine.bandwidth + workspace / machine.touch + tiles * machine.overhead
     return Plan(strategy, forward, backward, stash_rows, upcast, workspace, int(accumulators), state, products, seconds)
 
 

@@ -36,34 +36,37 @@ class Coefficients(dict):
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-    """Joins the accumulators of two column ranges of the same rows. ``argmax`` counts from the same column in both."""
-    shift_a, shift_b, merged = _join_maxima(a["max"], b["max"])
-    out = {"max": merged, "sum": a["sum"] * _factor(shift_a) + b["sum"] * _factor(shift_b)}
+    """Joins the accumulators of two column ranges of the same rows."""
+    return join({name: torch.stack([a[name], b[name]]) for name in a})
+
+
+def join(a: Statistics) -> Statistics:
+    """Accumulators [rows] of column ranges [parts, rows]. ``argmax`` counts from the same column in all of them."""
+    shift, best, merged = _join_maxima(a["max"])
+    factor = shift.exp()
+    out = {"max": merged, "sum": (a["sum"] * factor).sum(0)}
     if "target" in a:
-        out["target"] = a["target"] + b["target"]
+        out["target"] = a["target"].sum(0)
     if "first" in a:
-        out["first"] = sum(
-            _times(_factor(shift), x["first"] + _finite(shift) * x["sum"]) for x, shift in ((a, shift_a), (b, shift_b))
-        )
+        out["first"] = _times(factor, a["first"] + _finite(shift) * a["sum"]).sum(0)
     if "square" in a:
-        out["square"] = a["square"] * _factor(2 * shift_a) + b["square"] * _factor(2 * shift_b)
+        out["square"] = (a["square"] * factor * factor).sum(0)
     if "weighted" in a:
-        out["mass"] = a["mass"] + b["mass"]
-        out["weighted"] = sum(x["weighted"] + _finite(shift) * x["mass"] for x, shift in ((a, shift_a), (b, shift_b)))
+        out["mass"] = a["mass"].sum(0)
+        out["weighted"] = (a["weighted"] + _finite(shift) * a["mass"]).sum(0)
     if "argmax" in a:
-        out["argmax"] = torch.where(b["max"] > a["max"], b["argmax"], a["argmax"])
+        out["argmax"] = a["argmax"].gather(0, best[None])[0]
     if "teacher_max" in a:
-        teacher_a, teacher_b, teacher = _join_maxima(a["teacher_max"], b["teacher_max"])
-        out["teacher_max"] = teacher
-        out["teacher_sum"] = a["teacher_sum"] * _factor(teacher_a) + b["teacher_sum"] * _factor(teacher_b)
+        shift_t, _, out["teacher_max"] = _join_maxima(a["teacher_max"])
+        factor_t = shift_t.exp()
+        out["teacher_sum"] = (a["teacher_sum"] * factor_t).sum(0)
         if "forward" in a:
-            parts = ((a, shift_a, teacher_a), (b, shift_b, teacher_b))
-            out["forward"] = sum(
-                _times(_factor(t), x["forward"] + x["teacher_sum"] * (_finite(t) - _finite(s))) for x, s, t in parts
-            )
-            out["reverse"] = sum(
-                _times(_factor(s), x["reverse"] + x["sum"] * (_finite(t) - _finite(s))) for x, s, t in parts
-            )
+            moved = _finite(shift_t) - _finite(shift)
+            out["forward"] = _times(factor_t, a["forward"] + a["teacher_sum"] * moved).sum(0)
+            out["reverse"] = _times(factor, a["reverse"] + a["sum"] * moved).sum(0)
+    for name in a:
+        if isinstance(name, tuple):  # sums of a generic divergence
+            out[name] = a[name].sum(0)
     return out
 
 
@@ -142,18 +145,14 @@ def normalizers(s: Statistics, dtype: torch.dtype) -> Normalizers:
     return Normalizers(cast("max"), cast("log_sum"), cast("teacher_max"), cast("teacher_log_sum"))
 
 
-def _join_maxima(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    merged = torch.maximum(a, b)
-    return a - _finite(merged), b - _finite(merged), merged
+def _join_maxima(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(maxima relative to the joint one, where that is first, the joint one [rows])."""
+    merged, best = maxima.max(0)
+    return maxima - _finite(merged), best, merged
 
 
 def _finite(x: Tensor) -> Tensor:
     return torch.where(x == -torch.inf, 0, x)
-
-
-def _factor(shift: Tensor) -> Tensor:
-    """e^shift; shift is -inf where a range holds nothing but masked columns."""
-    return shift.exp()
 
 
 def _times(factor: Tensor, other: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""Tile sizes: heuristics by shape, and how rows are split over programs. No run-time tuning unless asked for.
+
+``LOGITLESS_AUTOTUNE=1`` times the candidates of a kernel on first use, and keeps the winner in a file of the user's
+cache folder (``LOGITLESS_CACHE``, else ``$XDG_CACHE_HOME/logitless``), by device, kernel and shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of a row kernel: ``rows`` x ``block`` elements at a time, by ``warps`` warps."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+def power_of_two(x: int) -> int:
+    """The least that is not less than x."""
+    return 1 << max(0, x - 1).bit_length()
+
+
+def row_tile(columns: int, elements: int, warps: int) -> Config:
+    """``elements`` of one long row, or of several short ones."""
+    block = min(power_of_two(columns), elements)
+    return Config(elements // block, block, warps)
+
+
+def parts(rows: int, columns: int, config: Config, processors: int) -> int:
+    """In how many parts the columns of each row are walked over.
+
+    Some eight programs a multiprocessor keep it busy and make the last, partly filled wave short; a part is at least
+    eight blocks, so that joining lanes costs little beside it.
+    """
+    tiles = -(-rows // config.rows)
+    most = max(1, columns // (8 * config.block))
+    return max(1, min(most, -(-8 * processors // max(tiles, 1))))
+
+
+# Elements of a tile and warps, by kernel: the default first, then what LOGITLESS_AUTOTUNE=1 also tries.
+CANDIDATES: dict[str, tuple[tuple[int, int], ...]] = {
+    "statistics": ((2048, 8), (1024, 4), (2048, 4), (4096, 8)),
+    "pair_statistics": ((2048, 8), (1024, 4), (1024, 8), (4096, 16)),
+    "generic": ((1024, 4), (1024, 8), (2048, 8)),
+    "gradient": ((2048, 4), (1024, 4), (2048, 8), (4096, 8)),
+}

@@ -1,0 +1,322 @@
+"""The triton backend: launches the kernels of ``logitless.kernels`` for float32 chunks on a GPU.
+
+Chunks may also hold float16 or bfloat16 logits (materialised ones, read as they are), and gradients may be written in
+those types. Under ``TRITON_INTERPRET=1``, set before the first import, the kernels run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from logitless.backends import BASIS, Chunk, Combination, Normalizers
+from logitless.divergences import Definition
+
+NAME = "triton"
+LOW_PRECISION = True
+NUMBERS_PER_TILE = 128  # rows of a program of the close kernel
+INTERPRETED_ELEMENTS = 8192  # of a tile: the interpreter's time is that of its operations, whatever their size
+
+
+def _load():
+    """The modules of the kernels and None, or None and the reason why they cannot be used."""
+    try:
+        import triton
+
+        if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 4):
+            return None, f"Triton 3.4 or newer is needed, this is {triton.__version__}"
+        from logitless import kernels
+        from logitless.kernels import close, configs, generic, gradient, statistics  # noqa: F401
+    except ImportError as error:
+        return None, f"Triton does not load: {error}"
+    return kernels, None
+
+
+_kernels, PROBLEM = _load()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    import triton
+
+    return not isinstance(_kernels.statistics.statistics, triton.JITFunction)
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and device.type == ("cpu" if interpreted() else "cuda")
+
+
+# ---- launching
+
+
+@functools.lru_cache
+def processors(index: int | None) -> int:
+    """Multiprocessors of a GPU; an interpreter has as many as tests want rows split."""
+    return 1 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _on(device: torch.device):
+    """Launches go to the current device: make it that of the tensors."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _tile(kernel: str, rows: int, columns: int):
+    """The tile of a kernel."""
+    if interpreted():
+        return _kernels.configs.row_tile(columns, INTERPRETED_ELEMENTS, 1)
+    return _kernels.configs.row_tile(columns, *_kernels.configs.CANDIDATES[kernel][0])
+
+
+def _parts(rows: int, columns: int, config, device: torch.device) -> tuple[int, int]:
+    """(number of parts, columns of each but the last)."""
+    count = _kernels.configs.parts(rows, columns, config, processors(device.index))
+    width = -(-columns // (count * config.block)) * config.block
+    return max(1, -(-columns // max(width, 1))), width
+
+
+def _options(config) -> dict[str, object]:
+    return {"num_warps": config.warps, "enable_fp_fusion": False}
+
+
+def _sides(student: Chunk, teacher: Chunk | None) -> tuple[list, dict[str, bool]]:
+    """Arguments and flags for the chunks; without a teacher the student stands in its place."""
+    arguments: list = []
+    flags: dict[str, bool] = {}
+    for name, chunk in (("STUDENT", student), ("TEACHER", student if teacher is None else teacher)):
+        bias = chunk.z if chunk.bias is None else chunk.bias.contiguous()
+        arguments += [chunk.z, chunk.z.stride(0), bias, 0.0 if chunk.inner is None else chunk.inner]
+        flags[f"{name}_BIAS"] = chunk.bias is not None
+        flags[f"{name}_CAPPED"] = chunk.inner is not None
+    return arguments, flags
+
+
+def _stack(*numbers: Tensor) -> Tensor:
+    """[K, rows] float32."""
+    return torch.stack(numbers)
+
+
+def _given(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
+    return otherwise if tensor is None else tensor.contiguous()
+
+
+# ---- the contract
+
+
+def statistics(
+    student: Chunk,
+    teacher: Chunk | None,
+    *,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    wanted: frozenset[str],
+) -> dict[str, Tensor]:
+    return _unpacked(*_statistics(student, teacher, targets, weights, wanted))
+
+
+def _statistics(student, teacher, targets, weights, wanted) -> tuple[list[str], Tensor, Tensor | None]:
+    """(names of the fields, accumulators [F, parts, rows], argmax [parts, rows])."""
+    rows, columns = student.z.shape
+    config = _tile("statistics" if teacher is None else "pair_statistics", rows, columns)
+    parts, width = _parts(rows, columns, config, student.z.device)
+    names = ["max", "sum"]
+    names += ["target"] if targets is not None else []
+    names += ["first"] if "entropy" in wanted else []
+    names += ["square"] if "collision" in wanted else []
+    names += ["weighted", "mass"] if "weighted" in wanted else []
+    if teacher is not None:
+        names += ["teacher_max", "teacher_sum"]
+        names += ["forward", "reverse"] if "moments" in wanted else []
+    accumulators = student.z.new_empty(len(names), parts, rows, dtype=torch.float64)
+    argmax = student.z.new_empty(parts, rows, dtype=torch.int64) if "argmax" in wanted else None
+    if rows:
+        sides, flags = _sides(student, teacher)
+        outer = student.outer.contiguous() if teacher is None else _stack(student.outer, teacher.outer)
+        with _on(student.z.device):
+            _kernels.statistics.statistics[-(-rows // config.rows), parts](
+                *sides,
+                outer,
+                _given(targets, student.z),
+                _given(weights, student.z),
+                accumulators,
+                accumulators if argmax is None else argmax,
+                rows,
+                columns,
+                width,
+                parts,
+                **flags,
+                PAIR=teacher is not None,
+                TARGETS=targets is not None,
+                ENTROPY="entropy" in wanted,
+                COLLISION="collision" in wanted,
+                WEIGHTED="weighted" in wanted,
+                WEIGHTS=weights is not None,
+                ARGMAX=argmax is not None,
+                MOMENTS="moments" in wanted and teacher is not None,
+                ROWS=config.rows,
+                BLOCK=config.block,
+                **_options(config),
+            )
+    return names, accumulators, argmax
+
+
+def _unpacked(names: list[str], accumulators: Tensor, argmax: Tensor | None) -> dict[str, Tensor]:
+    found = dict(zip(names, accumulators.unbind()))
+    return found if argmax is None else found | {"argmax": argmax}
+
+
+def generic(
+    student: Chunk,
+    teacher: Chunk,
+    normalizers: Normalizers,
+    definition: Definition,
+    parameters: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """(sum_j q_j f_j, sum_j q_j g_j) per row, float64."""
+    n = normalizers
+    numbers = _stack(student.outer, n.max, n.log_sum, teacher.outer, n.teacher_max, n.teacher_log_sum, *parameters)
+    value, slope = _generic(student, teacher, numbers, definition, 6).sum(1)
+    return value, slope
+
+
+def _generic(student: Chunk, teacher: Chunk, numbers: Tensor, definition: Definition, place: int) -> Tensor:
+    """[2, parts, rows] float64; the parameters are rows ``place`` and following of ``numbers``."""
+    rows, columns = student.z.shape
+    config = _tile("generic", rows, columns)
+    parts, width = _parts(rows, columns, config, student.z.device)
+    sums = student.z.new_empty(2, parts, rows, dtype=torch.float64)
+    if rows:
+        sides, flags = _sides(student, teacher)
+        with _on(student.z.device):
+            _kernels.generic.generic[-(-rows // config.rows), parts](
+                *sides, numbers, sums, rows, columns, width, parts, **flags,
+                DIVERGENCE=definition.name, PLACE=place, ROWS=config.rows, BLOCK=config.block, **_options(config),
+            )  # fmt: skip
+    return sums
+
+
+def gradient(
+    student: Chunk,
+    teacher: Chunk | None,
+    normalizers: Normalizers,
+    combination: Combination,
+    out: Tensor,
+) -> None:
+    n = normalizers
+    numbers = [student.outer, n.max, n.log_sum]
+    numbers += [] if teacher is None else [teacher.outer, n.teacher_max, n.teacher_log_sum]
+    numbers += [combination.coefficients[name] for name in BASIS if name in combination.coefficients]
+    for _, parameters, c in combination.generic:
+        numbers += [c, *parameters]
+    _gradient(student, teacher, _stack(*numbers), combination, combination.coefficients, out)
+
+
+def _places(combination: Combination) -> tuple[tuple[str, int], ...]:
+    """The divergences of a combination by name, with the place of each one's coefficient after those of the basis."""
+    places, place = [], 0
+    for definition, parameters, _ in combination.generic:
+        places.append((definition.name, place))
+        place += 1 + len(parameters)
+    return tuple(places)
+
+
+def _gradient(student, teacher, numbers: Tensor, combination: Combination, given, out: Tensor) -> None:
+    """``given`` names the elements of the basis whose coefficients ``numbers`` has."""
+    rows, columns = student.z.shape
+    if not rows:
+        return
+    config = _tile("gradient", rows, columns)
+    extra = combination.rows
+    if extra is not None and extra.stride(1) != 1:
+        extra = extra.contiguous()
+    sides, flags = _sides(student, teacher)
+    with _on(student.z.device):
+        _kernels.gradient.gradient[-(-rows // config.rows), -(-columns // config.block)](
+            *sides,
+            numbers,
+            _given(combination.targets, student.z),
+            _given(combination.weights, student.z),
+            student.z if extra is None else extra,
+            0 if extra is None else extra.stride(0),
+            _given(combination.live, student.z),
+            out,
+            out.stride(0),
+            rows,
+            columns,
+            **flags,
+            PAIR=teacher is not None,
+            **{name.upper(): name in given for name in BASIS},
+            GENERIC=_places(combination),
+            WEIGHT_VECTOR=combination.weights is not None,
+            ROW_GRADIENT=extra is not None,
+            LIVE=combination.live is not None,
+            ROWS=config.rows,
+            BLOCK=config.block,
+            **_options(config),
+        )
+
+
+def fused(
+    student: Chunk,
+    teacher: Chunk | None,
+    *,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    wanted: frozenset[str],
+    combination: Combination,
+    out: Tensor,
+) -> dict[str, Tensor]:
+    names, accumulators, argmax = _statistics(student, teacher, targets, weights, wanted)
+    found = _unpacked(names, accumulators, argmax)
+    c, unset = combination.coefficients, student.outer
+    given = [name for name in BASIS if name == "q" or name in c]
+    numbers = [student.outer, unset, unset] + ([] if teacher is None else [teacher.outer, unset, unset])
+    numbers += [unset if name == "q" else c[name] for name in given]
+    for _, parameters, coefficient in combination.generic:
+        numbers += [coefficient, *parameters]
+    zero = torch.zeros_like(unset) if "q" not in c or "q_lse" not in c else None
+    open_q = len(numbers)
+    numbers = _stack(*numbers, c.get("q", zero), c.get("q_lse", zero))
+    _close(names, accumulators, numbers, open_q, given, teacher is not None, None, ())
+    if combination.generic:
+        places = _places(combination)
+        first = 6 + len(given)
+        sums = [
+            _generic(student, teacher, numbers, definition, first + place + 1)
+            for (definition, _, _), (_, place) in zip(combination.generic, places, strict=True)
+        ]
+        for k, both in enumerate(sums):
+            found[k, "value"], found[k, "slope"] = both
+        slopes = torch.stack(sums) if len(sums) > 1 else sums[0]
+        _close(names, accumulators, numbers, open_q, given, True, slopes, tuple(place for _, place in places))
+    _gradient(student, teacher, numbers, combination, given, out)
+    return found
+
+
+def _close(names, accumulators, numbers, open_q, given, pair: bool, slopes: Tensor | None, places: tuple) -> None:
+    _, parts, rows = accumulators.shape
+    if not rows:
+        return
+    with _on(numbers.device):
+        _kernels.close.close[(-(-rows // NUMBERS_PER_TILE),)](
+            accumulators,
+            accumulators if slopes is None else slopes,
+            numbers,
+            open_q,
+            rows,
+            parts,
+            1 if slopes is None else slopes.shape[-2],
+            TARGETS="target" in names,
+            ENTROPY="first" in names,
+            COLLISION="square" in names,
+            WEIGHTED="weighted" in names,
+            PAIR=pair,
+            MOMENTS="forward" in names,
+            **{name.upper(): name in given for name in BASIS if name != "q"},
+            SLOPES=places,
+            ROWS=NUMBERS_PER_TILE,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
