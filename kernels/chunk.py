@@ -15,7 +15,7 @@ def scale(z, bias, inner, outer, BIAS: tl.constexpr, CAPPED: tl.constexpr):
         capped = tanh(inner * z)
         return outer * capped, outer * inner * (1.0 - capped * capped)
     else:
-        return outer * z, outer + 0.0 * z
+        return outer * z, outer + tl.zeros_like(z)
 
 
 @triton.jit

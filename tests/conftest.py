@@ -27,9 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
-        skipped = [item for item in items if "slow" in item.keywords]
+        skipped = [item for item in items if "slow" in item.keywords or _is_slow_case(item)]
         config.hook.pytest_deselected(items=skipped)
-        items[:] = [item for item in items if "slow" not in item.keywords]
+        items[:] = [item for item in items if item not in set(skipped)]
+
+
+def _is_slow_case(item: pytest.Item) -> bool:
+    """A module may say by a function ``is_slow`` which cases of its tests are slow."""
+    is_slow = getattr(item.module, "is_slow", None)
+    return is_slow is not None and hasattr(item, "callspec") and is_slow(item.callspec.params)
 
 
 @pytest.fixture(autouse=True)

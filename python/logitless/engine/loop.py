@@ -91,7 +91,7 @@ class Run:
         chosen = planning.plan(shape, self.machine, self.problem.strategy, self.problem.workspace)
         for head in self.heads:
             head.upcast = chosen.upcast
-            head.low_products = self.machine.low_products
+            head.low_products = self.machine.low_products and self.backend.LOW_PRECISION
         return chosen
 
     # ---- the walk

@@ -159,6 +159,7 @@ def plan(shape: Shape, machine: Machine, strategy: str = "auto", workspace: int 
     return min((p for p in plans if p.seconds <= 1.03 * best), key=lambda p: (p.workspace, p.seconds))
 
 
+LOGIT_BLOCKS = (256, 512, 1024, 2048, 4096)  # rows of float32 logits at a time, where a group has more
 _SIZES = [round(MIB * 2 ** (step / 2)) for step in range(0, 30)]
 _REASONS = {
     "forward": "is for results without gradient",
@@ -261,7 +262,7 @@ def _whole_tilings(shape: Shape, machine: Machine, room: int, operand: int) -> l
         return []
     tilings = [Tiling(_even(shape.tokens, rows), shape.vocab)]
     if per_gradient:  # few rows of logits, many of gradients
-        for block in (256, 512, 1024, 2048, 4096):
+        for block in LOGIT_BLOCKS:
             if block < rows and (group := (room - block * per_row) // per_gradient) > block:
                 group = _even(shape.tokens, group)
                 tilings.append(Tiling(min(block, _even(group, block)), shape.vocab, group))
