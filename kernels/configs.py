@@ -18,6 +18,26 @@ class Config:
     warps: int
 
 
+@dataclass(frozen=True)
+class ProductConfig:
+    """A tile of the product kernel: ``rows`` x ``block`` logits, ``depth`` of the hidden size at a time."""
+
+    rows: int
+    block: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def product_tile(low: bool, pair: bool, interpreted: bool) -> ProductConfig:
+    """``low``: float16 or bfloat16 operands; ``pair``: two heads, and so two tiles of sums."""
+    if interpreted:
+        return ProductConfig(64, 128, 64, 1, 1)
+    if not low:
+        return ProductConfig(32, 64, 32, 4, 2)
+    return ProductConfig(64, 128, 64, 8, 3) if pair else ProductConfig(128, 128, 64, 8, 3)
+
+
 def power_of_two(x: int) -> int:
     """The least that is not less than x."""
     return 1 << max(0, x - 1).bit_length()
@@ -29,7 +49,7 @@ def row_tile(columns: int, elements: int, warps: int) -> Config:
     return Config(elements // block, block, warps)
 
 
-def parts(rows: int, columns: int, config: Config, processors: int) -> int:
+def parts(rows: int, columns: int, config: Config | ProductConfig, processors: int) -> int:
     """In how many parts the columns of each row are walked over.
 
     Some eight programs a multiprocessor keep it busy and make the last, partly filled wave short; a part is at least

@@ -201,6 +201,7 @@ class Inputs:
             reduction=case["reduction"],
             denominator=torch.tensor(7.5) if case["denominator"] == "tensor" else case["denominator"],
             strategy=case["strategy"],
+            product=case.get("product", "auto"),
             workspace=self.workspace(),
             compact=case["compact"],
             teacher_grad=case["teacher_grad"],
@@ -332,3 +333,19 @@ def test_products_of_low_precision_operands(backend: str, case: dict, monkeypatc
         tilings = lambda shape, machine, room, operand: [planning.Tiling(3, shape.vocab, 10 if operand else 0)]  # noqa: E731
         monkeypatch.setattr(planning, "_whole_tilings", tilings)
     check(case, gradient_factor=2.0)
+
+
+def serves_fused_products(case: dict) -> bool:
+    if case["dtype"] == "float64" or case["student"] != "linear" or needs(case, {"jsd", "row_student", "row_teacher"}):
+        return False
+    if needs(case, WITH_TEACHER) and case["teacher"] == "dense":
+        return False
+    no_grad = case["strategy"] == "forward"
+    return no_grad or (case["reduction"] == "none" and case["strategy"] in ("auto", "recompute"))
+
+
+@pytest.mark.parametrize("case", filter(serves_fused_products, CASES), ids=identify)
+def test_fused_product(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products folded into statistics, without a buffer: a kernel that only Triton has."""
+    monkeypatch.setenv("LOGITLESS_BACKEND", "triton")
+    check(case | {"product": "fused"})

@@ -39,6 +39,9 @@ A factor e^(..) that is 0 makes its product 0, whatever the other factor: masked
 
 Rows that are not ``live`` get exact zeros. ``out`` may be ``student.z`` itself.
 
+**Product.** ``product_statistics(student, teacher, *, targets, weights, wanted)``, optional, takes :class:`Factors` in
+place of chunks: the product itself is folded into accumulators, and no logit is written.
+
 **Fused.** Statistics and gradient of whole rows in one call, without a word from the host in between: the combination is
 *open* (its coefficients do not depend on statistics, and there is one more, "q_lse"), and the kernels close it as
 :func:`logitless.engine.statistics.close` does. The accumulators have, for divergence number k of the combination,
@@ -69,6 +72,17 @@ class Chunk:
     bias: Tensor | None  # [columns], compute type
     inner: float | None  # softcap: scale / softcap; None without one
     outer: Tensor  # [rows], compute type: (softcap or scale) / temperature
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A linear head before its product: z = hidden weight^T. The rest as in :class:`Chunk`."""
+
+    hidden: Tensor  # [rows, H], last stride 1
+    weight: Tensor  # [columns, H] of the same type, last stride 1
+    bias: Tensor | None
+    inner: float | None
+    outer: Tensor
 
 
 @dataclass(frozen=True)

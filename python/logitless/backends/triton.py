@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from logitless.backends import BASIS, Chunk, Combination, Normalizers
+from logitless.backends import BASIS, Chunk, Combination, Factors, Normalizers
 from logitless.divergences import Definition
 
 NAME = "triton"
@@ -29,7 +29,7 @@ def _load():
         if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 4):
             return None, f"Triton 3.4 or newer is needed, this is {triton.__version__}"
         from logitless import kernels
-        from logitless.kernels import close, configs, generic, gradient, statistics  # noqa: F401
+        from logitless.kernels import close, configs, generic, gradient, product, statistics  # noqa: F401
     except ImportError as error:
         return None, f"Triton does not load: {error}"
     return kernels, None
@@ -121,16 +121,7 @@ def _statistics(student, teacher, targets, weights, wanted) -> tuple[list[str], 
     rows, columns = student.z.shape
     config = _tile("statistics" if teacher is None else "pair_statistics", rows, columns)
     parts, width = _parts(rows, columns, config, student.z.device)
-    names = ["max", "sum"]
-    names += ["target"] if targets is not None else []
-    names += ["first"] if "entropy" in wanted else []
-    names += ["square"] if "collision" in wanted else []
-    names += ["weighted", "mass"] if "weighted" in wanted else []
-    if teacher is not None:
-        names += ["teacher_max", "teacher_sum"]
-        names += ["forward", "reverse"] if "moments" in wanted else []
-    accumulators = student.z.new_empty(len(names), parts, rows, dtype=torch.float64)
-    argmax = student.z.new_empty(parts, rows, dtype=torch.int64) if "argmax" in wanted else None
+    names, accumulators, argmax = _accumulators(rows, parts, teacher is not None, targets, wanted, student.z.device)
     if rows:
         sides, flags = _sides(student, teacher)
         outer = student.outer.contiguous() if teacher is None else _stack(student.outer, teacher.outer)
@@ -147,19 +138,87 @@ def _statistics(student, teacher, targets, weights, wanted) -> tuple[list[str], 
                 width,
                 parts,
                 **flags,
-                PAIR=teacher is not None,
-                TARGETS=targets is not None,
-                ENTROPY="entropy" in wanted,
-                COLLISION="collision" in wanted,
-                WEIGHTED="weighted" in wanted,
-                WEIGHTS=weights is not None,
-                ARGMAX=argmax is not None,
-                MOMENTS="moments" in wanted and teacher is not None,
+                **_flags(teacher is not None, targets, weights, wanted),
                 ROWS=config.rows,
                 BLOCK=config.block,
                 **_options(config),
             )
     return names, accumulators, argmax
+
+
+def _accumulators(rows: int, parts: int, pair: bool, targets, wanted, device) -> tuple[list[str], Tensor, Tensor | None]:
+    names = ["max", "sum"]
+    names += ["target"] if targets is not None else []
+    names += ["first"] if "entropy" in wanted else []
+    names += ["square"] if "collision" in wanted else []
+    names += ["weighted", "mass"] if "weighted" in wanted else []
+    if pair:
+        names += ["teacher_max", "teacher_sum"]
+        names += ["forward", "reverse"] if "moments" in wanted else []
+    accumulators = torch.empty(len(names), parts, rows, dtype=torch.float64, device=device)
+    argmax = torch.empty(parts, rows, dtype=torch.int64, device=device) if "argmax" in wanted else None
+    return names, accumulators, argmax
+
+
+def _flags(pair: bool, targets: Tensor | None, weights: Tensor | None, wanted: frozenset[str]) -> dict[str, bool]:
+    """Of the kernels that make statistics."""
+    return {
+        "PAIR": pair,
+        "TARGETS": targets is not None,
+        "ENTROPY": "entropy" in wanted,
+        "COLLISION": "collision" in wanted,
+        "WEIGHTED": "weighted" in wanted,
+        "WEIGHTS": weights is not None,
+        "ARGMAX": "argmax" in wanted,
+        "MOMENTS": "moments" in wanted and pair,
+    }
+
+
+def product_statistics(
+    student: Factors,
+    teacher: Factors | None,
+    *,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    wanted: frozenset[str],
+) -> dict[str, Tensor]:
+    rows, columns = student.hidden.shape[0], student.weight.shape[0]
+    device = student.hidden.device
+    low = student.hidden.dtype != torch.float32 and (teacher is None or teacher.hidden.dtype != torch.float32)
+    tile = _kernels.configs.product_tile(low, teacher is not None, interpreted())
+    parts, width = _parts(rows, columns, tile, device)
+    names, accumulators, argmax = _accumulators(rows, parts, teacher is not None, targets, wanted, device)
+    if rows:
+        arguments: list = []
+        flags: dict[str, bool] = {}
+        for name, side in (("STUDENT", student), ("TEACHER", student if teacher is None else teacher)):
+            bias = side.hidden if side.bias is None else side.bias.contiguous()
+            arguments += [side.hidden, side.hidden.stride(0), side.weight, side.weight.stride(0), bias]
+            arguments += [0.0 if side.inner is None else side.inner, side.hidden.shape[1]]
+            flags |= {f"{name}_BIAS": side.bias is not None, f"{name}_CAPPED": side.inner is not None}
+        outer = student.outer.contiguous() if teacher is None else _stack(student.outer, teacher.outer)
+        with _on(device):
+            _kernels.product.product_statistics[-(-rows // tile.rows), parts](
+                *arguments,
+                outer,
+                _given(targets, outer),
+                _given(weights, outer),
+                accumulators,
+                accumulators if argmax is None else argmax,
+                rows,
+                columns,
+                width,
+                parts,
+                **flags,
+                **_flags(teacher is not None, targets, weights, wanted),
+                ROWS=tile.rows,
+                BLOCK=tile.block,
+                DEPTH=tile.depth,
+                PRECISION="ieee",
+                num_stages=tile.stages,
+                **_options(tile),
+            )
+    return _unpacked(names, accumulators, argmax)
 
 
 def _unpacked(names: list[str], accumulators: Tensor, argmax: Tensor | None) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logitless.backends import Chunk
+from logitless.backends import Chunk, Factors
 from logitless.engine import products
 from logitless.engine.memory import empty
 from logitless.engine.problem import ABSENT, HeadSpec
@@ -94,6 +94,13 @@ class LinearHead(Head):
         z = buffer[: tile.size[0] * tile.size[1]].view(tile.size)
         self.multiply(tile, z)
         return self._chunk(z, tile)
+
+    @property
+    def factors(self) -> Factors:
+        """What a kernel that forms the product itself needs."""
+        hidden = self.hidden if self.hidden.stride(1) == 1 else self.hidden.contiguous()
+        weight = self.weight if self.weight.stride(1) == 1 else self.weight.contiguous()
+        return Factors(hidden, weight, self.bias, self.inner, self.outer)
 
     def multiply(self, tile: Tile, out: Tensor) -> None:
         hidden = self._hidden(tile.rows)

@@ -73,6 +73,19 @@ class Run:
         self.adjoints = [(i, term.adjoint) for i, term in enumerate(problem.terms) if term.adjoint is not None]
         self.student_grad = any(problem.student.wants_grad)
         self.teacher_grad = problem.teacher is not None and any(problem.teacher.wants_grad)
+        if problem.product == "fused":
+            self._check_fused_product()
+
+    def _check_fused_product(self) -> None:
+        """ValueError where the passes without gradient cannot fold products into statistics."""
+        if not hasattr(self.backend, "product_statistics"):
+            raise ValueError(f"product: 'fused' needs a kernel that the {self.backend.NAME} backend does not have")
+        if not all(head.spec.linear for head in self.heads):
+            raise ValueError("product: 'fused' needs linear logits on all sides")
+        if self.generic_terms or self.row_terms:
+            raise ValueError("product: 'fused' serves what one pass of statistics gives: no jsd, no row terms")
+        if self.with_gradient and (not self.is_per_row or self.problem.strategy not in ("auto", "recompute")):
+            raise ValueError("product: 'fused' is for passes without gradient: reduction='none', or no gradient at all")
 
     # ---- planning
 
@@ -88,7 +101,10 @@ class Run:
             whole_rows=bool(self.generic_terms or self.row_terms),
             scratch=(ROW_FUNCTION_BUFFERS if self.row_terms else 0) + self.teacher_grad,
         )
-        chosen = planning.plan(shape, self.machine, self.problem.strategy, self.problem.workspace)
+        strategy = self.problem.strategy
+        if self.problem.product == "fused" and self.with_gradient:
+            strategy = "recompute"
+        chosen = planning.plan(shape, self.machine, strategy, self.problem.workspace)
         for head in self.heads:
             head.upcast = chosen.upcast
             head.low_products = self.machine.low_products and self.backend.LOW_PRECISION
@@ -129,6 +145,16 @@ class Run:
         self, tiling: Tiling, upstream: list[Tensor] | None = None, stash: Tensor | None = None, fill: bool = False
     ) -> Statistics:
         """Statistics of all rows; with ``upstream`` (per term [rows]) the gradients of whole rows are formed on the way."""
+        if self.problem.product == "fused":
+            factors = [head.factors for head in self.heads]
+            found = self.backend.product_statistics(
+                factors[0],
+                factors[1] if len(factors) > 1 else None,
+                targets=self.targets,
+                weights=self.class_weights,
+                wanted=self.wanted,
+            )
+            return statistics.finish(statistics.join(found) if found["max"].dim() == 2 else found)
         if upstream is not None and hasattr(self.backend, "fused") and not (self.teacher_grad or self.row_terms):
             return self._evaluate_fused(tiling, upstream)
         found = []

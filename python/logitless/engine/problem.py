@@ -61,6 +61,7 @@ class Problem:
     ignore_index: int = -100
     compact: bool | None = None  # None: on CPUs only
     strategy: str = "auto"
+    product: str = "auto"
     workspace: int | None = None  # bytes; None: "auto"
 
     def encode(self) -> str:
@@ -82,7 +83,7 @@ class Problem:
 
 _PLAIN_FIELDS = (
     "channels targets weights class_weights denominators denominator mean argmax ignore_index compact "
-    "strategy workspace"
+    "strategy product workspace"
 ).split()
 _TERMS: dict[str, Callable] = {}
 

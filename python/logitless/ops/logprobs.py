@@ -71,6 +71,7 @@ def logprobs(
         ignore_index=ignore_index,
         compact=compact,
         strategy=strategy,
+        product=product,
         workspace=workspace_bytes,
     )
     results, values, argmax = library.rows(resolved(problem, one_scalar=len(terms) == 3), request.tensors)

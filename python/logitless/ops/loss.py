@@ -86,6 +86,7 @@ def evaluate(
         ignore_index=ignore_index,
         compact=compact,
         strategy=strategy,
+        product=product,
         workspace=workspace_bytes,
     )
     if not per_row:
@@ -160,8 +161,6 @@ def check_execution(ignore_index: object, compact: object, strategy: object, pro
         raise ValueError(f"strategy: one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if product not in PRODUCTS:
         raise ValueError(f"product: one of {', '.join(PRODUCTS)}, got {product!r}")
-    if product == "fused":
-        raise ValueError("product: 'fused' needs a kernel that folds products into statistics; no backend here has one")
     if isinstance(workspace, str) and workspace == "auto":
         return None
     if isinstance(workspace, bool) or not isinstance(workspace, int):
