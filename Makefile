@@ -79,6 +79,8 @@ demo: demo-tools package
 
 # Waiting OpenMP threads sleep: beside another busy program, spinning ones make tests ten times as long.
 test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+# numpy, which Triton's interpreter computes with: its threads only get in the way of torch's.
+test test-all: export OPENBLAS_NUM_THREADS ?= 1
 
 # The benchmarks run once on small shapes, untimed: they check values and gradients against torch, and must not rot.
 test: test-tools package

@@ -109,7 +109,8 @@ def close(
         q += tl.load(numbers + AT_Q_LOG_Q * rows + row, mask=live, other=0.0) * entropy
     AT_Q_SQUARED: tl.constexpr = AT_Q_LOG_Q + Q_LOG_Q
     if Q_SQUARED:
-        q -= tl.load(numbers + AT_Q_SQUARED * rows + row, mask=live, other=0.0) * (square / total / total).to(tl.float32)
+        collision = (square / total / total).to(tl.float32)
+        q -= tl.load(numbers + AT_Q_SQUARED * rows + row, mask=live, other=0.0) * collision
     AT_Q_LOG_RATIO: tl.constexpr = AT_Q_SQUARED + Q_SQUARED
     if Q_LOG_RATIO:
         reverse_kl = (log_sum_t - log_sum) - (reverse / total).to(tl.float32)

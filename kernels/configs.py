@@ -1,7 +1,7 @@
-"""Tile sizes: heuristics by shape, and how rows are split over programs. No run-time tuning unless asked for.
+"""Tile sizes: heuristics by shape, and how rows are split over programs.
 
-``LOGITLESS_AUTOTUNE=1`` times the candidates of a kernel on first use, and keeps the winner in a file of the user's
-cache folder (``LOGITLESS_CACHE``, else ``$XDG_CACHE_HOME/logitless``), by device, kernel and shape.
+The first candidates are what serves; ``LOGITLESS_AUTOTUNE=1`` chooses among all (:mod:`logitless.backends.tuning`).
+None has been measured yet, see docs/status.md: they are what compiles without spilling and keeps many loads in flight.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def product_tile(low: bool, pair: bool, interpreted: bool) -> ProductConfig:
     if interpreted:
         return ProductConfig(64, 128, 64, 1, 1)
     if not low:
-        return ProductConfig(32, 64, 32, 4, 2)
-    return ProductConfig(64, 128, 64, 8, 3) if pair else ProductConfig(128, 128, 64, 8, 3)
+        return ProductConfig(32, 32, 32, 4, 2) if pair else ProductConfig(32, 64, 32, 4, 2)
+    return ProductConfig(64 if pair else 128, 64, 64, 8, 3)  # the largest of which no target spills
 
 
 def power_of_two(x: int) -> int:
@@ -63,7 +63,7 @@ def parts(rows: int, columns: int, config: Config | ProductConfig, processors: i
 # Elements of a tile and warps, by kernel: the default first, then what LOGITLESS_AUTOTUNE=1 also tries.
 CANDIDATES: dict[str, tuple[tuple[int, int], ...]] = {
     "statistics": ((2048, 8), (1024, 4), (2048, 4), (4096, 8)),
-    "pair_statistics": ((2048, 8), (1024, 4), (1024, 8), (4096, 16)),
+    "pair_statistics": ((2048, 8), (1024, 4), (1024, 8)),
     "generic": ((1024, 4), (1024, 8), (2048, 8)),
     "gradient": ((2048, 4), (1024, 4), (2048, 8), (4096, 8)),
 }

@@ -10,11 +10,14 @@ import triton.language as tl
 from logitless.kernels.chunk import load_row
 from logitless.kernels.elementary import exp, expm1, log1p, times
 
+JSD = tl.constexpr(0)
+NUMBERS = {"jsd": JSD.value}  # how kernels are told which: Triton takes no names in its tuples
+
 
 @triton.jit
-def pointwise(NAME: tl.constexpr, log_p, log_q, numbers, k, rows, inside, count):
+def pointwise(DIVERGENCE: tl.constexpr, log_p, log_q, numbers, k, rows, inside, count):
     """``numbers`` [K, count] holds the parameters of each row from its row k on."""
-    if NAME == "jsd":
+    if DIVERGENCE == JSD:
         return _jsd(log_p, log_q, load_row(numbers, k, rows, inside, count))
     else:
         tl.static_assert(False, "no such divergence")

@@ -45,7 +45,8 @@ def generic(
         t, _ = load_scaled(
             teacher, teacher_stride, teacher_bias, teacher_inner, outer_t, row, j, inside, TEACHER_BIAS, TEACHER_CAPPED
         )
-        qf, qg = pointwise(DIVERGENCE, (t - max_t) - log_sum_t, (s - max_s) - log_sum_s, numbers, PLACE, row, live, rows)
+        log_p, log_q = (t - max_t) - log_sum_t, (s - max_s) - log_sum_s
+        qf, qg = pointwise(DIVERGENCE, log_p, log_q, numbers, PLACE, row, live, rows)
         value += tl.where(inside, qf, 0.0)
         slope += tl.where(inside, qg, 0.0)
     to = sums + part * rows + row

@@ -31,7 +31,7 @@ def gradient(
     STUDENT_BIAS: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
     PAIR: tl.constexpr, TEACHER_BIAS: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
     ONE_HOT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, WEIGHTS: tl.constexpr, Q_LOG_Q: tl.constexpr,
-    Q_SQUARED: tl.constexpr, Q_LOG_RATIO: tl.constexpr, GENERIC: tl.constexpr,  # ((name, place), ...)
+    Q_SQUARED: tl.constexpr, Q_LOG_RATIO: tl.constexpr, DIVERGENCES: tl.constexpr, PLACES: tl.constexpr,
     WEIGHT_VECTOR: tl.constexpr, ROW_GRADIENT: tl.constexpr, LIVE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -82,9 +82,9 @@ def gradient(
     if Q_LOG_RATIO:
         total += load_row(numbers, AT_Q_LOG_RATIO, row, here, rows) * times(q, log_q - log_p)
     AT_GENERIC: tl.constexpr = AT_Q_LOG_RATIO + Q_LOG_RATIO
-    for i in tl.static_range(len(GENERIC)):
-        at: tl.constexpr = AT_GENERIC + GENERIC[i][1]
-        _, qg = pointwise(GENERIC[i][0], log_p, log_q, numbers, at + 1, row, here, rows)
+    for i in tl.static_range(len(DIVERGENCES)):
+        at = AT_GENERIC + PLACES[i]
+        _, qg = pointwise(DIVERGENCES[i], log_p, log_q, numbers, at + 1, row, here, rows)
         total += load_row(numbers, at, row, here, rows) * qg
     if ROW_GRADIENT:
         from_rows = row_gradient + row.to(tl.int64)[:, None] * row_gradient_stride + j[None, :]

@@ -1,14 +1,14 @@
 """Sums over a row in one reading: every lane keeps a running maximum and sums relative to it; lanes are joined last.
 
-With m the maximum that a lane has seen, its sums are of e^(x - m) times 1, (x - m), ...; a larger x rescales them. Lanes
-need nothing of each other before the end, an element costs one exponential, and a lane that has seen nothing but -inf
+With m the maximum that a lane has seen, its sums are of e^(x - m) times 1, (x - m), ...; a larger x rescales them.
+Lanes need nothing of each other before the end, an element costs one exponential, and a lane that has seen nothing but -inf
 keeps m = LOWEST and sums of 0. A factor e^(..) that is 0 makes its product 0, whatever the other factor.
 """
 
 import triton
 import triton.language as tl
 
-from logitless.kernels.elementary import LOWEST, exp, times
+from logitless.kernels.elementary import LOWEST, exp
 
 
 @triton.jit
@@ -30,5 +30,5 @@ def join(m):
 
 @triton.jit
 def reported(m, total):
-    """A maximum as the contract wants it: -inf for rows without anything, NaN for rows with a NaN (``total`` has it)."""
+    """A maximum as the contract wants it: -inf for rows without anything, NaN for rows whose total is."""
     return tl.where(total != total, total, tl.where(m == LOWEST, float("-inf"), m))

@@ -1,4 +1,4 @@
-"""Accumulators of rows: m = max_j s_j and sums over j of e^(s_j - m) times 1, (s_j - m), ..., and for pairs the moments.
+"""Accumulators of rows: m = max_j s_j, sums over j of e^(s_j - m) times 1, (s_j - m), ..., for pairs the moments.
 
     z [rows, columns] float32 (or float16, bfloat16) -> accumulators [F, parts, rows] float64
 

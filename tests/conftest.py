@@ -23,6 +23,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
         interpreter.correct_bfloat16()
     config.addinivalue_line("markers", "slow: left out unless --slow is given")
+    for arithmetic in ("invalid value", "overflow", "divide by zero"):  # kernels must stand infinities and NaNs
+        config.addinivalue_line(
+            "filterwarnings", f"ignore:{arithmetic} encountered:RuntimeWarning:triton.runtime.interpreter"
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,5 +1,6 @@
-"""Row kernels against the torch backend, the contract's executable specification: every compiled copy of the C++ ones, and
-the Triton ones in tiles of several shapes (under Triton's interpreter where there is no GPU).
+"""Row kernels against the torch backend, the contract's executable specification.
+
+Every compiled copy of the C++ ones, and the Triton ones in tiles of several shapes (interpreted where there is no GPU).
 
 The bar is relative. Both backends get the same float32 chunk, the torch backend also gets it in float64, and with the
 norm over a result of many rows
@@ -12,6 +13,7 @@ third for results below the smallest normal number, which the kernels take to be
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -477,7 +479,8 @@ def test_a_bad_row_stays_alone(bad):
     others = torch.arange(len(z)) != 3
 
     clean, dirty = (
-        kernels.statistics(s, teacher, targets=targets_of(columns), weights=None, wanted=WANTED) for s in (student, broken)
+        kernels.statistics(s, teacher, targets=targets_of(columns), weights=None, wanted=WANTED)
+        for s in (student, broken)
     )
     for name in clean.keys() - {"mass", "target", "teacher_max", "teacher_sum", "argmax"}:
         assert torch.equal(clean[name][others], dirty[name][others])
@@ -501,7 +504,8 @@ def test_few_rows(rows):
     found = kernels.statistics(student, teacher, targets=targets_of(100, 2)[:rows], weights=None, wanted=WANTED)
     assert all(value.shape == (rows,) for value in found.values())
     normalizers = normalizers_of(student, teacher)
-    assert all(value.shape == (rows,) for value in kernels.generic(student, teacher, normalizers, JSD, (torch.rand(rows),)))
+    sums = kernels.generic(student, teacher, normalizers, JSD, (torch.rand(rows),))
+    assert all(value.shape == (rows,) for value in sums)
     if rows:
         check_gradient(student, teacher, normalizers, combination_of(SUMS[1], 100, rows=rows))
     else:

@@ -1,7 +1,7 @@
 """Row kernels: the contract every backend meets, and the choice between them.
 
-A backend is a module with a ``NAME``, a ``supports(device, dtype)``, ``LOW_PRECISION`` (whether ``z`` and ``out`` may be
-float16 or bfloat16) and these functions, all on *chunks* of logits (some rows of a head, and some or all of its columns):
+A backend is a module with a ``NAME``, a ``supports(device, dtype)``, ``LOW_PRECISION`` (whether ``z`` and ``out`` may
+be float16 or bfloat16) and these functions, all on *chunks* of logits (some rows of a head, some or all of its columns):
 
     statistics(student, teacher, *, targets, weights, wanted)   -> accumulators       one reading of the chunk
     generic(student, teacher, normalizers, definition, parameters) -> value, slope     f-divergences given both lse
@@ -42,8 +42,8 @@ Rows that are not ``live`` get exact zeros. ``out`` may be ``student.z`` itself.
 **Product.** ``product_statistics(student, teacher, *, targets, weights, wanted)``, optional, takes :class:`Factors` in
 place of chunks: the product itself is folded into accumulators, and no logit is written.
 
-**Fused.** Statistics and gradient of whole rows in one call, without a word from the host in between: the combination is
-*open* (its coefficients do not depend on statistics, and there is one more, "q_lse"), and the kernels close it as
+**Fused.** Statistics and gradient of whole rows in one call, without a word from the host in between: the combination
+is *open* (its coefficients do not depend on statistics, and there is one more, "q_lse"), and the kernels close it as
 :func:`logitless.engine.statistics.close` does. The accumulators have, for divergence number k of the combination,
 ``(k, "value")`` and ``(k, "slope")``. A backend without it is asked for statistics, generic and gradient in turn.
 """

@@ -69,7 +69,7 @@ def statistics(
 ) -> dict[str, Tensor]:
     rows = student.z.shape[0]
     found: dict[str, Tensor] = {}
-    # Results have their place before the temporaries come and go: small tensors left among those would fragment the heap.
+    # Results have their place before temporaries come and go: small tensors left among those would fragment the heap.
     for block in _row_blocks(student) if rows else [slice(0, 0)]:
         for name, value in _block_statistics(student, teacher, targets, weights, wanted, block).items():
             if name not in found:

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from logitless.backends import BASIS, Chunk, Combination, Factors, Normalizers
+from logitless.backends import BASIS, Chunk, Combination, Factors, Normalizers, tuning
 from logitless.divergences import Definition
 
 NAME = "triton"
@@ -29,7 +29,7 @@ def _load():
         if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 4):
             return None, f"Triton 3.4 or newer is needed, this is {triton.__version__}"
         from logitless import kernels
-        from logitless.kernels import close, configs, generic, gradient, product, statistics  # noqa: F401
+        from logitless.kernels import close, configs, divergences, generic, gradient, product, statistics  # noqa: F401
     except ImportError as error:
         return None, f"Triton does not load: {error}"
     return kernels, None
@@ -63,11 +63,18 @@ def _on(device: torch.device):
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
-def _tile(kernel: str, rows: int, columns: int):
-    """The tile of a kernel."""
+def _tile(kernel: str, columns: int, device: torch.device, run):
+    """The tile of a kernel; ``run(tile)`` launches it, for tuning, without a change to its inputs."""
+    configs = _kernels.configs
     if interpreted():
-        return _kernels.configs.row_tile(columns, INTERPRETED_ELEMENTS, 1)
-    return _kernels.configs.row_tile(columns, *_kernels.configs.CANDIDATES[kernel][0])
+        return configs.row_tile(columns, INTERPRETED_ELEMENTS, 1)
+    candidates = configs.CANDIDATES[kernel]
+    if not tuning.wanted():
+        return configs.row_tile(columns, *candidates[0])
+    key = f"{torch.cuda.get_device_name(device)}, {kernel}, {configs.power_of_two(columns)} columns"
+    return configs.row_tile(
+        columns, *tuning.fastest(key, candidates, lambda candidate: run(configs.row_tile(columns, *candidate)))
+    )
 
 
 def _parts(rows: int, columns: int, config, device: torch.device) -> tuple[int, int]:
@@ -119,34 +126,39 @@ def statistics(
 def _statistics(student, teacher, targets, weights, wanted) -> tuple[list[str], Tensor, Tensor | None]:
     """(names of the fields, accumulators [F, parts, rows], argmax [parts, rows])."""
     rows, columns = student.z.shape
-    config = _tile("statistics" if teacher is None else "pair_statistics", rows, columns)
-    parts, width = _parts(rows, columns, config, student.z.device)
-    names, accumulators, argmax = _accumulators(rows, parts, teacher is not None, targets, wanted, student.z.device)
-    if rows:
-        sides, flags = _sides(student, teacher)
-        outer = student.outer.contiguous() if teacher is None else _stack(student.outer, teacher.outer)
-        with _on(student.z.device):
-            _kernels.statistics.statistics[-(-rows // config.rows), parts](
-                *sides,
-                outer,
-                _given(targets, student.z),
-                _given(weights, student.z),
-                accumulators,
-                accumulators if argmax is None else argmax,
-                rows,
-                columns,
-                width,
-                parts,
-                **flags,
-                **_flags(teacher is not None, targets, weights, wanted),
-                ROWS=config.rows,
-                BLOCK=config.block,
-                **_options(config),
-            )
-    return names, accumulators, argmax
+    device = student.z.device
+    sides, flags = _sides(student, teacher)
+    outer = student.outer.contiguous() if teacher is None else _stack(student.outer, teacher.outer)
+
+    def run(config):
+        parts, width = _parts(rows, columns, config, device)
+        names, accumulators, argmax = _accumulators(rows, parts, teacher is not None, targets, wanted, device)
+        if rows:
+            with _on(device):
+                _kernels.statistics.statistics[-(-rows // config.rows), parts](
+                    *sides,
+                    outer,
+                    _given(targets, student.z),
+                    _given(weights, student.z),
+                    accumulators,
+                    accumulators if argmax is None else argmax,
+                    rows,
+                    columns,
+                    width,
+                    parts,
+                    **flags,
+                    **_flags(teacher is not None, targets, weights, wanted),
+                    ROWS=config.rows,
+                    BLOCK=config.block,
+                    **_options(config),
+                )
+        return names, accumulators, argmax
+
+    return run(_tile("statistics" if teacher is None else "pair_statistics", columns, device, run))
 
 
-def _accumulators(rows: int, parts: int, pair: bool, targets, wanted, device) -> tuple[list[str], Tensor, Tensor | None]:
+def _accumulators(rows: int, parts: int, pair: bool, targets, wanted, device):
+    """(names of the fields, accumulators [F, parts, rows], argmax [parts, rows] or None)."""
     names = ["max", "sum"]
     names += ["target"] if targets is not None else []
     names += ["first"] if "entropy" in wanted else []
@@ -243,17 +255,32 @@ def generic(
 def _generic(student: Chunk, teacher: Chunk, numbers: Tensor, definition: Definition, place: int) -> Tensor:
     """[2, parts, rows] float64; the parameters are rows ``place`` and following of ``numbers``."""
     rows, columns = student.z.shape
-    config = _tile("generic", rows, columns)
-    parts, width = _parts(rows, columns, config, student.z.device)
-    sums = student.z.new_empty(2, parts, rows, dtype=torch.float64)
-    if rows:
-        sides, flags = _sides(student, teacher)
-        with _on(student.z.device):
-            _kernels.generic.generic[-(-rows // config.rows), parts](
-                *sides, numbers, sums, rows, columns, width, parts, **flags,
-                DIVERGENCE=definition.name, PLACE=place, ROWS=config.rows, BLOCK=config.block, **_options(config),
-            )  # fmt: skip
-    return sums
+    device = student.z.device
+    sides, flags = _sides(student, teacher)
+
+    def run(config) -> Tensor:
+        parts, width = _parts(rows, columns, config, device)
+        sums = torch.empty(2, parts, rows, dtype=torch.float64, device=device)
+        if rows:
+            with _on(device):
+                _kernels.generic.generic[-(-rows // config.rows), parts](
+                    *sides,
+                    numbers,
+                    sums,
+                    rows,
+                    columns,
+                    width,
+                    parts,
+                    **flags,
+                    DIVERGENCE=_kernels.divergences.NUMBERS[definition.name],
+                    PLACE=place,
+                    ROWS=config.rows,
+                    BLOCK=config.block,
+                    **_options(config),
+                )
+        return sums
+
+    return run(_tile("generic", columns, device, run))
 
 
 def gradient(
@@ -272,11 +299,11 @@ def gradient(
     _gradient(student, teacher, _stack(*numbers), combination, combination.coefficients, out)
 
 
-def _places(combination: Combination) -> tuple[tuple[str, int], ...]:
-    """The divergences of a combination by name, with the place of each one's coefficient after those of the basis."""
+def _places(combination: Combination) -> tuple[int, ...]:
+    """Where the coefficient of each divergence stands, after those of the basis; its parameters follow it."""
     places, place = [], 0
-    for definition, parameters, _ in combination.generic:
-        places.append((definition.name, place))
+    for _, parameters, _ in combination.generic:
+        places.append(place)
         place += 1 + len(parameters)
     return tuple(places)
 
@@ -286,35 +313,40 @@ def _gradient(student, teacher, numbers: Tensor, combination: Combination, given
     rows, columns = student.z.shape
     if not rows:
         return
-    config = _tile("gradient", rows, columns)
+    device = student.z.device
     extra = combination.rows
     if extra is not None and extra.stride(1) != 1:
         extra = extra.contiguous()
     sides, flags = _sides(student, teacher)
-    with _on(student.z.device):
-        _kernels.gradient.gradient[-(-rows // config.rows), -(-columns // config.block)](
-            *sides,
-            numbers,
-            _given(combination.targets, student.z),
-            _given(combination.weights, student.z),
-            student.z if extra is None else extra,
-            0 if extra is None else extra.stride(0),
-            _given(combination.live, student.z),
-            out,
-            out.stride(0),
-            rows,
-            columns,
-            **flags,
-            PAIR=teacher is not None,
-            **{name.upper(): name in given for name in BASIS},
-            GENERIC=_places(combination),
-            WEIGHT_VECTOR=combination.weights is not None,
-            ROW_GRADIENT=extra is not None,
-            LIVE=combination.live is not None,
-            ROWS=config.rows,
-            BLOCK=config.block,
-            **_options(config),
-        )
+
+    def run(config, to: Tensor) -> None:
+        with _on(device):
+            _kernels.gradient.gradient[-(-rows // config.rows), -(-columns // config.block)](
+                *sides,
+                numbers,
+                _given(combination.targets, student.z),
+                _given(combination.weights, student.z),
+                student.z if extra is None else extra,
+                0 if extra is None else extra.stride(0),
+                _given(combination.live, student.z),
+                to,
+                to.stride(0),
+                rows,
+                columns,
+                **flags,
+                PAIR=teacher is not None,
+                **{name.upper(): name in given for name in BASIS},
+                DIVERGENCES=tuple(_kernels.divergences.NUMBERS[row.name] for row, _, _ in combination.generic),
+                PLACES=_places(combination),
+                WEIGHT_VECTOR=combination.weights is not None,
+                ROW_GRADIENT=extra is not None,
+                LIVE=combination.live is not None,
+                ROWS=config.rows,
+                BLOCK=config.block,
+                **_options(config),
+            )
+
+    run(_tile("gradient", columns, device, lambda config: run(config, torch.empty_like(out))), out)
 
 
 def fused(
@@ -344,12 +376,12 @@ def fused(
         first = 6 + len(given)
         sums = [
             _generic(student, teacher, numbers, definition, first + place + 1)
-            for (definition, _, _), (_, place) in zip(combination.generic, places, strict=True)
+            for (definition, _, _), place in zip(combination.generic, places, strict=True)
         ]
         for k, both in enumerate(sums):
             found[k, "value"], found[k, "slope"] = both
         slopes = torch.stack(sums) if len(sums) > 1 else sums[0]
-        _close(names, accumulators, numbers, open_q, given, True, slopes, tuple(place for _, place in places))
+        _close(names, accumulators, numbers, open_q, given, True, slopes, places)
     _gradient(student, teacher, numbers, combination, given, out)
     return found
 

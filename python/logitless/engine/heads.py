@@ -12,7 +12,6 @@ from logitless.engine import products
 from logitless.engine.memory import empty
 from logitless.engine.problem import ABSENT, HeadSpec
 
-
 GAIN_TARGET = 32.0  # the largest upstream gradient of float16: 65504 is far above, and 6e-8 far below what it scales
 
 
@@ -68,8 +67,8 @@ class Head:
 class LinearHead(Head):
     """hidden [n, H] and weight [V, H] of some type, and products in the compute type.
 
-    With ``low_products`` low-precision operands are multiplied as they are: gradients of logits are rounded once to that
-    type, into a buffer that holds those of a whole group of rows, so that the weight's float32 gradient is read and
+    With ``low_products`` low-precision operands are multiplied as they are: gradients of logits are rounded once to
+    that type, into a buffer that holds those of a whole group of rows, so that the weight's float32 gradient is read and
     written once a group. Gradients for float16 are computed times a power of two, the *gain*: theirs would underflow.
     Otherwise low-precision inputs are upcast, ``upcast`` columns of the weight at a time.
     """

@@ -144,7 +144,7 @@ class Run:
     def evaluate(
         self, tiling: Tiling, upstream: list[Tensor] | None = None, stash: Tensor | None = None, fill: bool = False
     ) -> Statistics:
-        """Statistics of all rows; with ``upstream`` (per term [rows]) the gradients of whole rows are formed on the way."""
+        """Statistics of all rows; with ``upstream`` (per term [rows]) gradients of whole rows are formed on the way."""
         if self.problem.product == "fused":
             factors = [head.factors for head in self.heads]
             found = self.backend.product_statistics(
@@ -168,7 +168,7 @@ class Run:
         return {name: torch.cat([s[name] for s in found]) for name in found[0]}
 
     def _evaluate_fused(self, tiling: Tiling, upstream: list[Tensor]) -> Statistics:
-        """The same in one call of the backend per tile: small operations between kernels would cost as much as those."""
+        """The same in one call of the backend per tile: small operations between kernels would cost like those."""
         opened = Coefficients()
         context = self.context({}, slice(None))
         for term, u in zip(self.problem.terms, self.student.amplified(upstream), strict=True):
@@ -315,9 +315,7 @@ class Run:
     def with_gradient(self) -> bool:
         return self.student_grad or self.teacher_grad
 
-    def open_gradients(
-        self, tiling: Tiling, upstream: list[Tensor], kept: int = 0, only_hidden: bool = False
-    ) -> None:
+    def open_gradients(self, tiling: Tiling, upstream: list[Tensor], kept: int = 0, only_hidden: bool = False) -> None:
         groups = [group for part in ((0, kept), (kept, self.rows)) for _, group in tiling.row_blocks(*part)]
         longest = max((group.stop - group.start for group in groups), default=0)
         shape = (longest, min(tiling.columns, self.columns))
@@ -474,7 +472,8 @@ def per_row(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Te
     extra = torch.zeros(0, dtype=run.dtype, device=run.device) if stash is None else stash
     if frozen:
         extra = empty((run.tokens, run.student.hidden.shape[1]), run.dtype, run.device)
-        extra[: run.rows] = run.student.hidden_grad if run.student.gain is None else run.student.hidden_grad / run.student.gain
+        gain = run.student.gain
+        extra[: run.rows] = run.student.hidden_grad if gain is None else run.student.hidden_grad / gain
         extra[run.rows :] = 0
     results = (run.restore(x.to(run.dtype)) for x in (channels, terms))
     return (*results, run.restore(argmax) if problem.argmax else argmax, [kept, extra] if run.with_gradient else [])

@@ -60,7 +60,7 @@ def cpu(threads: int) -> Machine:
 
 
 def gpu() -> Machine:
-    """An H100's rates as its vendor and a first look state them: to be replaced by measured ones, see docs/status.md."""
+    """An H100's rates, from data sheets and a first look: to be replaced by measured ones, see docs/status.md."""
     return Machine("gpu", 5e13, 2.9e12, math.inf, 6e-5, 1024 * MIB, 6.5e14, low_products=True, overlaps=True)
 
 

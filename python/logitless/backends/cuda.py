@@ -1,0 +1,209 @@
+"""The cuda backend: the contract in CUDA C++ (csrc/cuda), in float32, on an NVIDIA GPU.
+
+Chunks may also hold float16 or bfloat16 logits (materialised ones, read as they are), and gradients may be written in
+those types. :func:`fused` is one launch and reads each row once, wherever a cluster of blocks can hold a row.
+
+This module only passes addresses on, as the cpu backend does; it never waits for the device. What it makes contiguous
+lives until the call returns, which is enough: memory freed afterwards is reused on the same stream, later.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from logitless.backends import Chunk, Combination, Normalizers, cpu
+from logitless.divergences import Definition
+
+NAME = "cuda"
+LOW_PRECISION = True
+
+_kernels = getattr(cpu._C, "cuda", None)
+PROBLEM = (
+    None
+    if _kernels is not None
+    else cpu.PROBLEM or "the extension logitless._C was built without CUDA (no nvcc, or LOGITLESS_CUDA=0)"
+)
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The accumulators that the balance of q reads, by the open coefficient that it belongs to.
+_BALANCE = {"weights": "mass", "q_log_q": "first", "q_squared": "square", "q_log_ratio": "reverse"}
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    if PROBLEM is not None or device.type != "cuda" or dtype != torch.float32:
+        return False
+    return _runs_on(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _runs_on(index: int) -> bool:
+    problem = _kernels.problem(index)
+    if problem is not None:
+        warnings.warn(
+            f"logitless: the CUDA kernels cannot run on cuda:{index} ({problem}); another backend serves instead",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return problem is None
+
+
+def _queue(device: torch.device) -> dict[str, int]:
+    """Where to launch: the device and its current stream."""
+    return {"device": device.index, "stream": torch._C._cuda_getCurrentRawStream(device.index)}
+
+
+class _Call:
+    """The arguments of one launch, and the tensors whose addresses they hold."""
+
+    def __init__(self, student: Chunk, teacher: Chunk | None) -> None:
+        self._kept: list[Tensor] = []
+        self.rows, columns = student.z.shape
+        self.device = student.z.device
+        self.arguments = {
+            "rows": self.rows,
+            "columns": columns,
+            "student": self._chunk(student),
+            "teacher": None if teacher is None else self._chunk(teacher),
+            **_queue(self.device),
+        }
+
+    def of(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _chunk(self, chunk: Chunk):
+        return _kernels.Chunk(
+            z=chunk.z.data_ptr(),
+            stride=chunk.z.stride(0),
+            type=_TYPES[chunk.z.dtype],
+            bias=self.of(chunk.bias),
+            outer=self.of(chunk.outer),
+            inner=chunk.inner,
+        )
+
+    def sums(self, names: list) -> dict[object, Tensor]:
+        """New float64 [rows] tensors."""
+        return dict(zip(names, torch.empty(len(names), self.rows, dtype=torch.float64, device=self.device).unbind()))
+
+    def statistics(self, targets: Tensor | None, weights: Tensor | None, names: list[str]) -> dict[str, Tensor]:
+        argmax = ["argmax"] if "argmax" in names else []
+        found = self.sums([name for name in names if name not in argmax])
+        found |= {name: torch.empty(self.rows, dtype=torch.int64, device=self.device) for name in argmax}
+        self.arguments["targets"] = self.of(targets)
+        self.arguments["weights"] = self.of(weights)
+        self.arguments["accumulators"] = {name: tensor.data_ptr() for name, tensor in found.items()}
+        return found
+
+    def normalizers(self, normalizers: Normalizers) -> None:
+        self.arguments["normalizers"] = {name: self.of(tensor) for name, tensor in vars(normalizers).items()}
+
+    def terms(self, generic, sums: dict[object, Tensor]) -> None:
+        self.arguments["divergences"] = [
+            (
+                definition.name,
+                [self.of(p) for p in parameters],
+                self.of(c),
+                *(sums[k, name].data_ptr() if sums else 0 for name in ("value", "slope")),
+            )
+            for k, (definition, parameters, c) in enumerate(generic)
+        ]
+
+    def combination(self, combination: Combination, out: Tensor) -> None:
+        rows = combination.rows
+        if rows is not None and rows.stride(1) != 1:
+            rows = rows.contiguous()
+            self._kept.append(rows)
+        self.arguments |= {
+            "coefficients": {name: self.of(c) for name, c in combination.coefficients.items()},
+            "hot": self.of(combination.targets),
+            "weight_vector": self.of(combination.weights),
+            "rows_gradient": (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0)),
+            "live": self.of(combination.live),
+            "out": (out.data_ptr(), out.stride(0), _TYPES[out.dtype]),
+        }
+
+
+def _names(teacher: Chunk | None, targets: Tensor | None, wanted: frozenset[str]) -> list[str]:
+    names = ["max", "sum"]
+    names += ["target"] if targets is not None else []
+    names += ["first"] if "entropy" in wanted else []
+    names += ["square"] if "collision" in wanted else []
+    names += ["weighted", "mass"] if "weighted" in wanted else []
+    names += ["argmax"] if "argmax" in wanted else []
+    if teacher is not None:
+        names += ["teacher_max", "teacher_sum"]
+        names += ["forward", "reverse"] if "moments" in wanted else []
+    return names
+
+
+def statistics(
+    student: Chunk,
+    teacher: Chunk | None,
+    *,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    wanted: frozenset[str],
+) -> dict[str, Tensor]:
+    call = _Call(student, teacher)
+    found = call.statistics(targets, weights, _names(teacher, targets, wanted))
+    _kernels.statistics(**call.arguments)
+    return found
+
+
+def generic(
+    student: Chunk,
+    teacher: Chunk,
+    normalizers: Normalizers,
+    definition: Definition,
+    parameters: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """(sum_j q_j f_j, sum_j q_j g_j) per row, float64."""
+    call = _Call(student, teacher)
+    found = call.sums([(0, "value"), (0, "slope")])
+    call.normalizers(normalizers)
+    call.terms([(definition, parameters, None)], found)
+    _kernels.generic(**call.arguments)
+    return found[0, "value"], found[0, "slope"]
+
+
+def gradient(
+    student: Chunk,
+    teacher: Chunk | None,
+    normalizers: Normalizers,
+    combination: Combination,
+    out: Tensor,
+) -> None:
+    call = _Call(student, teacher)
+    call.normalizers(normalizers)
+    call.combination(combination, out)
+    call.terms(combination.generic, {})
+    _kernels.gradient(**call.arguments)
+
+
+def fused(
+    student: Chunk,
+    teacher: Chunk | None,
+    *,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    wanted: frozenset[str],
+    combination: Combination,
+    out: Tensor,
+) -> dict[object, Tensor]:
+    """``weights`` serve the statistics and the combination, whose own are not read."""
+    call = _Call(student, teacher)
+    names = _names(teacher, targets, wanted)
+    balance = [_BALANCE[key] for key in combination.coefficients if key in _BALANCE]
+    found = call.statistics(targets, weights, list(dict.fromkeys(names + balance)))
+    sums = call.sums([(k, name) for k in range(len(combination.generic)) for name in ("value", "slope")])
+    call.combination(combination, out)
+    call.arguments["weight_vector"] = call.arguments["weights"]
+    call.terms(combination.generic, sums)
+    _kernels.fused(**call.arguments)
+    return {name: found[name] for name in names} | sums
