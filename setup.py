@@ -2,6 +2,10 @@
 
 The extension needs a C++17 compiler of the GCC or Clang family. Without one, or if the build fails, the wheel is pure
 Python and the torch backend serves; LOGITLESS_NO_EXTENSION=1 asks for that. CXX, CXXFLAGS and LDFLAGS are honoured.
+
+The CUDA kernels are part of it where nvcc is found (CUDA_HOME, PATH, /usr/local/cuda). LOGITLESS_CUDA=0 leaves them
+out, 1 insists on them; LOGITLESS_CUDA_ARCHS="80;90" says for which architectures, the last also as PTX. CUDA's runtime
+is linked statically, and nothing of torch is: the module loads beside any torch, and on machines without a driver.
 """
 
 import os
@@ -16,7 +20,13 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-PACKAGES = {"logitless": "python/logitless", "logitless.kernels": "kernels"}  # a package and its folder; subpackages are found
+PACKAGES = {
+    "logitless": "python/logitless",
+    "logitless.kernels": "kernels",
+}  # a package and its folder; subpackages are found
+
+# The slowest first: ninja begins with them.
+SOURCES = ["csrc/cuda/fused.cu", "csrc/cuda/passes.cu", "csrc/bindings.cpp", "csrc/cpu/rows.cpp"]
 
 # csrc/cpu/rows.cpp is compiled once per instruction set; the best one is chosen at run time.
 COPIES = {"baseline": ""}
@@ -28,15 +38,69 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # Contraction stays off: s = outer * z must be rounded the same way wherever it is computed.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra"
+NVCCFLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas -v --threads 2"
+ARCHITECTURES = "80;90;100;120"
+RUNTIME = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")  # where a toolkit has its static libraries
 LDFLAGS = {"darwin": "-bundle -undefined dynamic_lookup -Wl,-x"}.get(sys.platform, "-shared -s -pthread -ldl")
+
+
+class Cuda:
+    """nvcc, what to compile for, and the static runtime."""
+
+    def __init__(self, nvcc: str) -> None:
+        self.nvcc = nvcc
+        known = self._output("--list-gpu-arch").replace("compute_", "").split()
+        asked = os.environ.get("LOGITLESS_CUDA_ARCHS")
+        archs = asked.split(";") if asked else [arch for arch in ARCHITECTURES.split(";") if arch in known]
+        if not archs or not set(archs) <= set(known):
+            raise FileNotFoundError(f"{nvcc} knows the architectures {known}, not {asked or ARCHITECTURES}")
+        targets = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+        self.flags = " ".join([NVCCFLAGS, *(f"-gencode arch=compute_{arch},code={code}" for arch, code in targets)])
+        tops = [line[7:] for line in self._output("--dryrun", "-c", "x.cu").splitlines() if line.startswith("#$ TOP=")]
+        found = [file for top in tops for place in RUNTIME for file in Path(top).glob(f"{place}/libcudart_static.a")]
+        if not found:
+            raise FileNotFoundError(f"{nvcc} comes without libcudart_static.a")
+        self.runtime = found[0].resolve()
+
+    def _output(self, *arguments: str) -> str:
+        return subprocess.run(
+            [self.nvcc, *arguments], check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ).stdout
+
+
+def find_cuda() -> "Cuda | None":
+    wanted = os.environ.get("LOGITLESS_CUDA")
+    if wanted == "0":
+        return None
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+    places = [os.path.join(home, "bin") for home in homes if home] + [os.environ.get("PATH"), "/usr/local/cuda/bin"]
+    nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
+    try:
+        if nvcc is None:
+            raise FileNotFoundError("nvcc is neither in CUDA_HOME nor on the PATH nor in /usr/local/cuda")
+        return Cuda(nvcc)
+    except (OSError, subprocess.CalledProcessError) as error:
+        if wanted == "1":
+            raise RuntimeError(f"LOGITLESS_CUDA=1: {error}") from error
+        print(f"logitless: without CUDA kernels ({error})", file=sys.stderr)
+        return None
 
 
 class NinjaBuild(build_ext):
     """One build.ninja for the extension: parallel, and incremental through the compiler's dependency files."""
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        cuda = find_cuda()
+        if cuda is not None:
+            try:
+                return self._ninja(ext, target, cuda)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if os.environ.get("LOGITLESS_CUDA") == "1":
+                    raise RuntimeError(f"LOGITLESS_CUDA=1: {error}") from error
+                print(f"WARNING: logitless: the CUDA kernels were not built ({error})", file=sys.stderr)
         try:
-            self._ninja(ext, Path(self.get_ext_fullpath(ext.name)).resolve())
+            self._ninja(ext, target, None)
         except (OSError, subprocess.CalledProcessError) as error:
             (ROOT / "python" / self.get_ext_filename(ext.name)).unlink(missing_ok=True)  # an older one would be loaded
             print(
@@ -45,7 +109,7 @@ class NinjaBuild(build_ext):
                 file=sys.stderr,
             )
 
-    def _ninja(self, ext: Extension, target: Path) -> None:
+    def _ninja(self, ext: Extension, target: Path, cuda: Cuda | None) -> None:
         import pybind11
 
         compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
@@ -58,17 +122,29 @@ class NinjaBuild(build_ext):
         lines = [
             f"rule compile\n  command = {compiler} {flags} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
-            f"rule link\n  command = {compiler} $in -o $out {LDFLAGS} {os.environ.get('LDFLAGS', '')}",
+            f"rule link\n  command = {compiler} $in -o $out {LDFLAGS} $libraries {os.environ.get('LDFLAGS', '')}",
             "  description = $out",
         ]
+        if cuda:  # what ptxas says of registers and spills is kept: a test reads it
+            command = f"{cuda.nvcc} {cuda.flags} -ccbin {compiler} -MD -MF $out.d -c $in -o $out > $out.report 2>&1"
+            lines += [
+                f"rule cuda\n  command = {command} || {{ cat $out.report; false; }}",
+                "  depfile = $out.d\n  deps = gcc\n  description = $out",
+            ]
         objects = []
         for source in ext.sources:
-            copies = COPIES if source == "csrc/cpu/rows.cpp" else {"": ""}
+            if source.endswith(".cu"):
+                if cuda:
+                    objects.append(f"cuda-{Path(source).stem}.o")
+                    lines.append(f"build {objects[-1]}: cuda {ROOT.resolve() / source}")
+                continue
+            copies = COPIES if source == "csrc/cpu/rows.cpp" else {"": "-DLL_CUDA" if cuda else ""}
             for copy, copy_flags in copies.items():
                 objects.append("-".join(filter(None, (Path(source).stem, copy))) + ".o")
                 define = f"-DLL_COPY={copy}" if copy else ""
                 lines.append(f"build {objects[-1]}: compile {ROOT.resolve() / source}\n  flags = {copy_flags} {define}")
-        lines.append(f"build {target}: link {' '.join(objects)}\n")
+        libraries = f"{cuda.runtime} -lrt -Wl,--exclude-libs,ALL" if cuda else ""
+        lines.append(f"build {target}: link {' '.join(objects)}\n  libraries = {libraries}\n")
         # Not self.build_temp: an editable install makes a new one each time, and nothing would be incremental.
         folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +161,7 @@ setup(
     ],
     package_dir=PACKAGES,
     ext_modules=(
-        []
-        if os.environ.get("LOGITLESS_NO_EXTENSION") == "1"
-        else [Extension("logitless._C", ["csrc/bindings.cpp", "csrc/cpu/rows.cpp"], optional=True)]
+        [] if os.environ.get("LOGITLESS_NO_EXTENSION") == "1" else [Extension("logitless._C", SOURCES, optional=True)]
     ),
     cmdclass={"build_ext": NinjaBuild},
 )

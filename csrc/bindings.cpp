@@ -1,22 +1,18 @@
-// logitless._C: the row kernels for Python. Tensors come as addresses (Tensor.data_ptr()), 0 or a missing key for none;
-// logitless.backends.cpu checks them and keeps them alive.
+// logitless._C: the row kernels for Python. Those for CUDA are in _C.cuda, if it was built with them.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
-#include <cstdint>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "cpu/rows.h"
-#include "math/divergences.h"
 
-namespace py = pybind11;
+#if defined(LL_CUDA)
+#include "cuda/bindings.h"
+#endif
+
 using namespace logitless;
 
 namespace {
@@ -55,26 +51,9 @@ void force_isa(const std::string& name) {
     throw std::invalid_argument("no copy '" + name + "' that this processor can run");
 }
 
-using Address = std::uintptr_t;
-using Addresses = py::dict;  // name -> address
-
-template <class T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-template <class T>
-T* pointer(const Addresses& addresses, const char* name) {
-    return addresses.contains(name) ? pointer<T>(addresses[name].cast<Address>()) : nullptr;
-}
-
 Chunk chunk(Address z, std::int64_t stride, Address bias, Address outer, std::optional<float> inner) {
     return {pointer<const float>(z), stride, pointer<const float>(bias), pointer<const float>(outer),
             inner.value_or(0.0f), inner.has_value()};
-}
-
-Normalizers normalizers(const Addresses& of) {
-    const auto get = [&](const char* name) { return pointer<const float>(of, name); };
-    return {get("max"), get("log_sum"), get("teacher_max"), get("teacher_log_sum")};
 }
 
 // A divergence, and the array that it points to.
@@ -83,9 +62,7 @@ struct Parameters {
 
     Divergence divergence(const std::string& name, const std::vector<Address>& addresses, Address coefficient) {
         for (Address address : addresses) values.push_back(pointer<const float>(address));
-        const int functor = Divergences::find(name.c_str());
-        if (functor < 0) throw std::invalid_argument("divergence '" + name + "' has no functor in csrc/math");
-        return {functor, values.data(), pointer<const float>(coefficient)};
+        return {functor(name), values.data(), pointer<const float>(coefficient)};
     }
 };
 
@@ -113,7 +90,7 @@ void generic(std::int64_t rows, std::int64_t columns, const Chunk& student, cons
              Address value, Address slope, int threads) {
     Parameters values;
     const Generic call = {
-        {columns, student, teacher}, ::normalizers(normalizers),
+        {columns, student, teacher}, normalizers_of(normalizers),
         values.divergence(name, parameters, 0), pointer<double>(value), pointer<double>(slope)};
     run(kernels->generic, call, rows, threads);
 }
@@ -130,7 +107,7 @@ void gradient(std::int64_t rows, std::int64_t columns, const Chunk& student, std
         terms.push_back(values[terms.size()].divergence(name, parameters, coefficient));
     const auto of = [&](const char* name) { return pointer<const float>(coefficients, name); };
     const Gradient call = {
-        {columns, student, teacher.value_or(Chunk{})}, ::normalizers(normalizers),
+        {columns, student, teacher.value_or(Chunk{})}, normalizers_of(normalizers),
         of("one_hot"), of("q"), of("p"), of("weights"), of("q_log_q"), of("q_squared"), of("q_log_ratio"),
         pointer<const std::int64_t>(targets), pointer<const float>(weights),
         terms.data(), static_cast<int>(terms.size()),
@@ -157,4 +134,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("isas", &isas, "The compiled copies this processor can run, the best first.");
     module.def("isa", [] { return kernels->name; }, "The copy in use.");
     module.def("force_isa", &force_isa, py::arg("name"), "Use the copy of that name, in the whole process.");
+#if defined(LL_CUDA)
+    cuda::bind(module.def_submodule("cuda"));
+#endif
 }

@@ -57,6 +57,23 @@ LL_FUNCTION T exp(T x) {
     return fma(e.power, e.excess, e.power);
 }
 
+#if defined(__CUDACC__)
+// On a GPU 2^x is an instruction (to 2 units in the last place; 0 below the smallest normal number). It gets x log2(e)
+// rounded; the digits that the product lost are applied afterwards.
+LL_FUNCTION float exp(float x) {
+#if defined(__CUDA_ARCH__)
+    x = max(-88.0f, x);
+    const float high = x * 0x1.715476p0f;
+    const float low = fma(x, 0x1.4ae0cp-26f, fma(x, 0x1.715476p0f, -high));
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(high));
+    return fma(power, low * 0x1.62e430p-1f, power);
+#else
+    return exp<float>(x);
+#endif
+}
+#endif
+
 template <class T>
 LL_FUNCTION T expm1(T x) {
     const Exponential<T> e = exponential(x);
