@@ -1,10 +1,11 @@
-// Runs CUDA kernels on the CPU for tests: one fiber per CUDA thread, the blocks of a cluster together, clusters one after
-// another. What csrc/cuda uses is here and in the headers beside this one, nothing else; no inline PTX, mma or TMA. It
-// says nothing of performance, and nothing of memory order between threads that run at the same time.
+// Runs CUDA kernels on the CPU for tests: one fiber per CUDA thread, the blocks of a cluster together, clusters one
+// after another. What csrc/cuda uses is here and in the headers beside this one, nothing else; no inline PTX, mma or
+// TMA. It says nothing of performance, and nothing of memory order between threads that run at the same time.
 //
-// Each block has shared memory of its own, NaN before it begins and after it has ended. cp.async copies when it is waited
-// for. CUDA_HOST_ORDER says in which order threads run: 0 forward, 1 backward, any other number seeds an order that is
-// new each round, in which whole blocks are left behind at times. Threads that wait for each other in vain abort.
+// Each block has shared memory of its own, NaN before it begins and after it has ended. cp.async copies when it is
+// waited for. CUDA_HOST_ORDER says in which order threads run: 0 forward, 1 backward, any other number seeds an order
+// that is new each round, and warps and blocks that are left behind for a while. Threads that wait in vain for each
+// other abort.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -176,18 +177,24 @@ inline void run_cluster(std::vector<Fiber>& fibers, std::mt19937& random, int or
     std::vector<int> turn(fibers.size());
     std::iota(turn.begin(), turn.end(), 0);
     if (order == 1) std::reverse(turn.begin(), turn.end());
-    std::vector<char> behind(cluster->blocks.size(), 0);
-    for (;;) {
+    const unsigned warps = (threads + 31) / 32, blocks = cluster->blocks.size();
+    std::vector<unsigned> behind(warps * blocks, 0);  // until which round
+    for (unsigned round = 0;; ++round) {
         bool alive = false, progress = false, left_behind = false;
         if (order > 1) {
             std::shuffle(turn.begin(), turn.end(), random);
-            for (char& b : behind) left_behind |= b = random() % 3 == 0;
+            if (random() % 4 == 0) behind[random() % behind.size()] = round + random() % 32;
+            if (random() % 16 == 0) std::fill_n(&behind[random() % blocks * warps], warps, round + random() % 32);
         }
         for (const int i : turn) {
             Fiber& f = fibers[i];
             if (f.done) continue;
             alive = true;
-            if (behind[f.block->rank] || (f.waits_for && f.waits_for->generation == f.generation)) continue;
+            if (f.waits_for && f.waits_for->generation == f.generation) continue;
+            if (behind[f.block->rank * warps + f.index / 32] > round) {
+                left_behind = true;
+                continue;
+            }
             f.waits_for = nullptr;
             progress = true;
             enter(f);

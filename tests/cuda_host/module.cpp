@@ -1,5 +1,5 @@
-// The CUDA kernels of csrc/cuda on the CPU, as the Python module cuda_host: what logitless._C.cuda has, and the knobs of
-// cuda_host.h.
+// The CUDA kernels of csrc/cuda on the CPU, as the Python module cuda_host: what logitless._C.cuda has, and the knobs
+// of cuda_host.h.
 
 #include "cuda_host.h"
 
