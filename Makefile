@@ -1,6 +1,8 @@
 # make demo        distil a language model on this machine (about five minutes on two cores; uses a GPU if there is one)
 # make test        the quick tests;  make test-all: every test
 # make bench       the benchmarks
+# make gpu         on a machine with an NVIDIA GPU (no network needed): tests there, then measurements; with the python3
+#                  that has torch, or PYTHON=...; GPU_ARGS="--only losses" for a part
 # make lint        style
 # make clean       removes what was built, and results of the demo; the environment stays
 #
@@ -11,8 +13,9 @@ VENV ?= .venv
 BASE_PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+GPU_ARGS ?=
 
-.PHONY: demo test test-all bench lint clean package
+.PHONY: demo test test-all bench gpu gpu-run lint clean package
 .DEFAULT_GOAL := test
 # Two pips at once in one environment do not go well.
 .NOTPARALLEL:
@@ -85,6 +88,7 @@ test test-all: export OPENBLAS_NUM_THREADS ?= 1
 # The benchmarks run once on small shapes, untimed: they check values and gradients against torch, and must not rot.
 test: test-tools package
 	$(PYTHON) -m pytest benchmarks --quick --benchmark-disable
+	TRITON_INTERPRET=1 LOGITLESS_BACKEND=triton $(PYTHON) -m benchmarks.gpu --quick --device cpu --only losses rows
 	$(PYTHON) -m pytest tests $(PYTEST_ARGS)
 
 test-all: test-tools package
@@ -92,6 +96,12 @@ test-all: test-tools package
 
 bench: test-tools package
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+gpu:
+	$(MAKE) gpu-run PYTHON="$(if $(filter environment command,$(firstword $(origin PYTHON))),$(PYTHON),$(BASE_PYTHON))"
+
+gpu-run: package
+	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 lint: lint-tools
 	$(PYTHON) -m ruff check .

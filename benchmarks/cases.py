@@ -96,12 +96,12 @@ class Case:
         moved = {"logits": hidden + weight, "teacher": hidden + weight, "hidden_grad": hidden, "weight_grad": weight}
         return self.dtype.itemsize * sum(moved[product] for product in self.products)
 
-    def inputs(self, size: Size) -> Inputs:
+    def inputs(self, size: Size, device: torch.device | str = "cpu") -> Inputs:
         """Fresh inputs, the same at every call: logits of standard deviation 1."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0, grad: str = "") -> Tensor:
-            drawn = torch.randn(*shape, generator=generator).mul_(scale).to(self.dtype)
+            drawn = torch.randn(*shape, generator=generator, device=device).mul_(scale).to(self.dtype)
             return drawn.requires_grad_(grad in self.products)
 
         n, h, v = size.tokens, size.hidden, size.vocab
@@ -111,8 +111,8 @@ class Case:
             weight=normal(v, h, scale=h**-0.5, grad="weight_grad"),
             teacher_hidden=normal(n * teacher, h),
             teacher_weight=normal(v * teacher, h, scale=h**-0.5),
-            targets=torch.randint(v, (n,), generator=generator),
-            upstream=torch.randn(n, generator=generator),
+            targets=torch.randint(v, (n,), generator=generator, device=device),
+            upstream=torch.randn(n, generator=generator, device=device),
         )
 
     def forwards(self) -> dict[str, Forward]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -37,6 +39,33 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),  # runnable tasks of the last minute, ours included
     }
+
+
+def gpu_environment(device: torch.device) -> dict:
+    """The same of a GPU (or, for a dry run, of none): device, driver and software."""
+    found = {
+        "device": cpu_model(),
+        "date": date.today().isoformat(),
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "versions": {
+            "logitless": logitless.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }
+        found["versions"] |= {"cuda": torch.version.cuda, "cublas": torch.backends.cuda.preferred_blas_library().name}
+    if importlib.util.find_spec("triton"):
+        found["versions"]["triton"] = importlib.metadata.version("triton")
+    return found
 
 
 def cpu_model() -> str:

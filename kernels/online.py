@@ -1,8 +1,8 @@
 """Sums over a row in one reading: every lane keeps a running maximum and sums relative to it; lanes are joined last.
 
 With m the maximum that a lane has seen, its sums are of e^(x - m) times 1, (x - m), ...; a larger x rescales them.
-Lanes need nothing of each other before the end, an element costs one exponential, and a lane that has seen nothing but -inf
-keeps m = LOWEST and sums of 0. A factor e^(..) that is 0 makes its product 0, whatever the other factor.
+Lanes need nothing of each other before the end, an element costs one exponential, and a lane that has seen nothing
+but -inf keeps m = LOWEST and sums of 0. A factor e^(..) that is 0 makes its product 0, whatever the other factor.
 """
 
 import triton

@@ -1,27 +1,31 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: Triton's interpreter runs them
-
 sys.path.insert(0, str(Path(__file__).parent))  # reference, pairwise, interpreter
+
+BACKENDS = {"cpu": ["cpu", "triton", "torch"], "cuda": ["triton", "torch"]}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run everything, also the tests marked slow")
+    parser.addoption("--device", default="cpu", choices=list(BACKENDS), help="cuda: the contract, on a GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        import interpreter
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: Triton's interpreter runs them
+        if importlib.util.find_spec("triton"):
+            import interpreter
 
-        interpreter.correct_bfloat16()
+            interpreter.correct_bfloat16()
     config.addinivalue_line("markers", "slow: left out unless --slow is given")
     for arithmetic in ("invalid value", "overflow", "divide by zero"):  # kernels must stand infinities and NaNs
         config.addinivalue_line(
@@ -47,8 +51,23 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", "triton", "torch"])
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where tensors are made unless a test says otherwise."""
+    before = torch.get_default_device()
+    torch.set_default_device(request.config.getoption("--device"))
+    yield torch.get_default_device()
+    torch.set_default_device(before)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        device = metafunc.config.getoption("--device")
+        metafunc.parametrize("backend", BACKENDS[device], indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every backend in turn, forced for the test."""
+    """Every backend of the device in turn, forced for the test."""
     monkeypatch.setenv("LOGITLESS_BACKEND", request.param)
     return request.param

@@ -294,6 +294,8 @@ CALLS = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("call", list(CALLS))
 def test_workspace_is_kept(backend: str, call: str, dtype: str) -> None:
+    if backend == "triton":
+        pytest.skip("interpreted, these sizes take hours; make gpu measures memory on a device")
     budget = 24 << 20
     script = MEMORY.format(dtype=dtype, call=CALLS[call].format(budget=budget), weight_grad=call != "frozen")
     # One arena: what glibc hoards for each thread that ever freed something is not the engine's memory.

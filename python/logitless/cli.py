@@ -243,8 +243,7 @@ def plan_report(arguments: argparse.Namespace) -> str:
             lines.append(f"{mark} {row.strategy:<10} does not fit into {_bytes(arguments.workspace)}")
             continue
         p = row.plan
-        tiles = f"{p.forward.rows} x {p.forward.columns}"
-        tiles += f"; {p.backward.rows} x {p.backward.columns}" if p.backward else ""
+        tiles = "; ".join(_tiling(tiling) for tiling in (p.forward, p.backward) if tiling is not None)
         lines.append(
             f"{mark} {row.strategy:<10} {p.products:>7.2f}G {_seconds(p.seconds):>9}  {_bytes(p.workspace):>10}  "
             f"{_bytes(p.accumulators):>12}  {_bytes(p.state):>10}  {tiles}"
@@ -252,9 +251,15 @@ def plan_report(arguments: argparse.Namespace) -> str:
     lines += [
         "",
         'Marked: what strategy="auto" takes. G: one product of [tokens, hidden, vocabulary]. workspace: chunk buffers;',
-        "accumulators: sums of low-precision gradients; state: what backward needs besides gradients.",
+        "accumulators: sums of low-precision gradients; state: what backward needs besides gradients; tiles: rows of",
+        "logits (rows of low-precision gradients that are multiplied together) x columns.",
     ]
     return "\n".join(lines)
+
+
+def _tiling(tiling: planning.Tiling) -> str:
+    group = f" ({tiling.group})" if tiling.group > tiling.rows else ""
+    return f"{tiling.rows}{group} x {tiling.columns}"
 
 
 def _bytes(size: int) -> str:

@@ -1,7 +1,7 @@
 """Row kernels: the contract every backend meets, and the choice between them.
 
 A backend is a module with a ``NAME``, a ``supports(device, dtype)``, ``LOW_PRECISION`` (whether ``z`` and ``out`` may
-be float16 or bfloat16) and these functions, all on *chunks* of logits (some rows of a head, some or all of its columns):
+be float16 or bfloat16) and these functions, on *chunks* of logits (some rows of a head, some or all of its columns):
 
     statistics(student, teacher, *, targets, weights, wanted)   -> accumulators       one reading of the chunk
     generic(student, teacher, normalizers, definition, parameters) -> value, slope     f-divergences given both lse
@@ -61,6 +61,7 @@ from torch import Tensor, device, dtype
 from logitless.divergences import Definition
 
 WANTED = frozenset({"entropy", "collision", "weighted", "argmax", "moments"})
+NAMES = ("cpu", "triton", "torch")
 BASIS = ("one_hot", "q", "p", "weights", "q_log_q", "q_squared", "q_log_ratio")
 
 
@@ -108,13 +109,13 @@ class Combination:
 
 
 def available() -> dict[str, ModuleType | str]:
-    """Every backend by name, the fastest first: its module, or the reason why it cannot run here."""
-    modules = {name: importlib.import_module(f"logitless.backends.{name}") for name in ("cpu", "triton", "torch")}
+    """Every backend by name: its module, or the reason why it cannot run here."""
+    modules = {name: importlib.import_module(f"logitless.backends.{name}") for name in NAMES}
     return {name: getattr(module, "PROBLEM", None) or module for name, module in modules.items()}
 
 
 def select(where: device, compute: dtype) -> ModuleType:
-    """The backend for a device and a compute type: the first of :func:`available` that supports them.
+    """The backend for a device and a compute type: of those that support them, the fastest.
 
     ``LOGITLESS_BACKEND`` forces one by name.
 
@@ -134,7 +135,9 @@ def select(where: device, compute: dtype) -> ModuleType:
         return backend
     if where.type == "cpu" and isinstance(found["cpu"], str):
         _warn_once(f"logitless: the C++ kernels cannot run ({found['cpu']}); the slower torch backend serves instead")
-    return next(b for b in found.values() if not isinstance(b, str) and b.supports(where, compute))
+    order = ("cpu", "torch") if where.type == "cpu" else ("triton", "torch")  # interpreted kernels must be asked for
+    candidates = [found[name] for name in order if not isinstance(found[name], str)]
+    return next(backend for backend in candidates if backend.supports(where, compute))
 
 
 _warned: set[str] = set()

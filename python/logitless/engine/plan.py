@@ -107,14 +107,13 @@ class Tiling:
     group: int = 0  # 0: as many as rows
 
     def row_blocks(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-        """Balanced (block, group) of [start, stop): at most ``rows`` each, in groups of at most ``group``."""
-        for group in _balanced(start, stop, max(self.rows, self.group)):
-            for block in _balanced(group.start, group.stop, self.rows):
+        """(block, group) of [start, stop): at most ``rows`` each, in groups of at most ``group``."""
+        for group in _steps(start, stop, max(self.rows, self.group)):
+            for block in _steps(group.start, group.stop, self.rows):
                 yield block, group
 
     def column_blocks(self, vocab: int) -> Iterator[slice]:
-        for start in range(0, vocab, self.columns):
-            yield slice(start, min(start + self.columns, vocab))
+        yield from _steps(0, vocab, self.columns)
 
 
 @dataclass(frozen=True)
@@ -260,12 +259,12 @@ def _whole_tilings(shape: Shape, machine: Machine, room: int, operand: int) -> l
     rows = room // (per_row + per_gradient) if per_row + per_gradient else shape.tokens
     if rows < 1:
         return []
-    tilings = [Tiling(_even(shape.tokens, rows), shape.vocab)]
+    whole_tiles = machine.overlaps and 128 <= rows < shape.tokens  # of the products: a last one in part costs like a whole
+    tilings = [Tiling(rows // 128 * 128 if whole_tiles else _even(shape.tokens, rows), shape.vocab)]
     if per_gradient:  # few rows of logits, many of gradients
         for block in LOGIT_BLOCKS:
             if block < rows and (group := (room - block * per_row) // per_gradient) > block:
-                group = _even(shape.tokens, group)
-                tilings.append(Tiling(min(block, _even(group, block)), shape.vocab, group))
+                tilings.append(Tiling(block, shape.vocab, min(group // block * block, shape.tokens)))
     return tilings
 
 
@@ -349,11 +348,19 @@ def _priced(
         if side.weight_grad and strategy != "frozen":
             products += 1
             seconds += multiply(1, g, 0)
-            traffic += 2 * groups * v * side.hidden * shape.itemsize
+            if not machine.overlaps:
+                traffic += 2 * groups * v * side.hidden * shape.itemsize
+            elif not low or groups > 1:  # written by the first group, read and written by others, rounded at the end
+                traffic += v * side.hidden * ((2 * groups - 1) * shape.itemsize + low * (shape.itemsize + side.itemsize))
             if low and groups > 1:
                 accumulators += v * side.hidden * shape.itemsize
-    sweeps = 2 + (4 if gradient_pass is not None else 0) + (1 if backward is not None else 0)
-    traffic += sweeps * len(shape.sides) * n * v * shape.itemsize
+    if machine.overlaps:  # row kernels: one reading for statistics, one reading and one writing for the gradient
+        readings = (2 if gradient_pass is not None else 1) * len(shape.sides)
+        writing = 0 if gradient_pass is None else _operand(shape, machine) or shape.itemsize
+        traffic += n * v * (readings * shape.itemsize + writing)
+    else:
+        sweeps = 2 + (4 if gradient_pass is not None else 0) + (1 if backward is not None else 0)
+        traffic += sweeps * len(shape.sides) * n * v * shape.itemsize
     tiles_bytes = 0
     for tiling in (forward, backward):
         if tiling is None:
@@ -381,7 +388,6 @@ def _count(total: int, block: int) -> int:
     return -(-total // block) if total else 0
 
 
-def _balanced(start: int, stop: int, block: int) -> Iterator[slice]:
-    blocks = _count(stop - start, block)
-    for i in range(blocks):
-        yield slice(start + (stop - start) * i // blocks, start + (stop - start) * (i + 1) // blocks)
+def _steps(start: int, stop: int, block: int) -> Iterator[slice]:
+    for begin in range(start, stop, block):
+        yield slice(begin, min(begin + block, stop))
