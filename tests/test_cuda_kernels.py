@@ -44,10 +44,11 @@ FIELDS = sorted(WANTED)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _on_one_thread_of_the_cpu() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with torch.device("cpu"):
+        yield
     torch.set_num_threads(before)
 
 
@@ -80,7 +81,7 @@ def use(host, monkeypatch):
 
 
 @pytest.fixture(params=DEVICES)
-def device(request, use) -> str:
+def way(request, use) -> str:
     use(request.param)
     return request.param
 
@@ -237,7 +238,7 @@ def test_how_a_row_is_shared_out(host, use, name, paired, expected):
     fused_of(student, teacher if paired else None, combination_of({"q", "jsd"} if paired else {"q"}, LONG, rows=5))
     launches = host.launches()
     assert {key: launches[key] for key in expected} == expected
-    assert launches["threads"] <= (320 if paired and name != "tiles" else 512)
+    assert launches["threads"] <= (320 if paired and name != "tiles" else 384)
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -247,7 +248,7 @@ def test_how_a_row_is_shared_out(host, use, name, paired, expected):
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, 20.0)], ids=["", "bias-softcap"])
 @pytest.mark.parametrize("paired", [False, True], ids=["", "teacher"])
-def test_statistics(device, columns, bias, softcap, paired):
+def test_statistics(way, columns, bias, softcap, paired):
     student, teacher = pair_of(columns, bias=bias, softcap=softcap)
     teacher = teacher if paired else None
     check_statistics(student, teacher, targets=targets_of(columns), weights=torch.rand(columns))
@@ -266,7 +267,7 @@ def test_each_statistic_alone(use, wanted):
 
 @needs_host
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_an_offset(device, offset):
+def test_an_offset(way, offset):
     student, teacher = pair_of(LONG)
     student, teacher = replace(student, z=strided(student.z + offset)), replace(teacher, z=strided(teacher.z - offset))
     check_statistics(student, teacher, targets=targets_of(LONG))
@@ -286,7 +287,7 @@ def test_a_maximum_that_keeps_moving(use, sign):
 
 
 @needs_host
-def test_the_first_of_equal_maxima(device):
+def test_the_first_of_equal_maxima(way):
     student = make(LONG)
     student.z[:, 7] = student.z[:, 1500] = student.z[:, LONG - 1] = 50.0
     assert bool((check_statistics(student, None, wanted={"argmax"})["argmax"] == 7).all())
@@ -334,7 +335,7 @@ def test_gradient(use, columns, names):
 @needs_host
 @pytest.mark.parametrize("columns", [3, 1000, LONG])
 @pytest.mark.parametrize("names", [*ELEMENTS, frozenset({"q_lse"}), *SUMS], ids=lambda names: "+".join(sorted(names)))
-def test_fused(device, columns, names):
+def test_fused(way, columns, names):
     student, teacher = pair_of(columns, bias=True)
     teacher = teacher if names & OF_TEACHER else None
     check_fused(student, teacher, combination_of(names, columns), targets=targets_of(columns))
@@ -342,7 +343,7 @@ def test_fused(device, columns, names):
 
 @needs_host
 @pytest.mark.parametrize("softcap", [None, 20.0], ids=["", "softcap"])
-def test_fused_with_all_else(device, softcap):
+def test_fused_with_all_else(way, softcap):
     """Weights of one, given rows, a softcap, and nothing wanted beside what the balance of q reads."""
     student, teacher = pair_of(LONG, softcap=softcap)
     combination = combination_of({*BASIS, "q_lse", "jsd"}, LONG, ones=True, given_rows=True)
@@ -353,7 +354,7 @@ def test_fused_with_all_else(device, softcap):
 
 
 @needs_host
-def test_closed_gradients_sum_to_zero_and_those_of_a_perfect_student_vanish(device):
+def test_closed_gradients_sum_to_zero_and_those_of_a_perfect_student_vanish(way):
     student, _ = pair_of(LONG)
     twin = replace(student, z=elsewhere(student.z, 2))
     out, found = fused_of(student, twin, Combination({"p": torch.full((ROWS,), -1.0)}))
@@ -366,7 +367,7 @@ def test_closed_gradients_sum_to_zero_and_those_of_a_perfect_student_vanish(devi
 @needs_host
 @pytest.mark.parametrize("columns", [6, 1000, LONG])
 @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
-def test_low_precision(device, columns, dtype):
+def test_low_precision(way, columns, dtype):
     """Gradients are the float32 ones rounded once; logits are widened first."""
     student, teacher = pair_of(columns)
     combination = combination_of(SUMS[1], columns)
@@ -412,7 +413,7 @@ def test_every_alignment(use, columns):
 
 
 @needs_host
-def test_in_place(device):
+def test_in_place(way):
     student, teacher = pair_of(LONG, bias=True)
     combination = combination_of(SUMS[2], LONG)
     expected, statistics = fused_of(student, teacher, combination)
@@ -428,7 +429,7 @@ def test_in_place(device):
 
 
 @needs_host
-def test_rows_that_are_not_live_get_exact_zeros(device):
+def test_rows_that_are_not_live_get_exact_zeros(way):
     student, teacher = pair_of(LONG)
     student.z[::3] = float("nan")
     live = torch.arange(ROWS) % 3 != 0
@@ -452,7 +453,7 @@ def masks(columns: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 @needs_host
 @pytest.mark.parametrize("which", ["student", "teacher", "both", "different"])
-def test_masked_columns(device, which):
+def test_masked_columns(way, which):
     student, teacher = pair_of(LONG)
     hidden_s, hidden_t = masks(LONG)[which]
     student = replace(student, z=strided(student.z.masked_fill(hidden_s, -INFINITY)))
@@ -465,7 +466,7 @@ def test_masked_columns(device, which):
 
 
 @needs_host
-def test_a_whole_row_masked(device):
+def test_a_whole_row_masked(way):
     student, teacher = pair_of(LONG)
     student.z[0] = teacher.z[1] = student.z[2] = teacher.z[2] = -INFINITY
     found = check_statistics(student, teacher, wanted=WANTED - {"weighted"})
@@ -477,7 +478,7 @@ def test_a_whole_row_masked(device):
 
 @needs_host
 @pytest.mark.parametrize("bad", [float("nan"), INFINITY])
-def test_a_bad_row_stays_alone(device, bad):
+def test_a_bad_row_stays_alone(way, bad):
     student, teacher = pair_of(LONG)
     z = student.z.clone()
     z[3, 700] = bad
@@ -496,7 +497,7 @@ def test_a_bad_row_stays_alone(device, bad):
 
 @needs_host
 @pytest.mark.parametrize(("rows", "columns"), [(0, 5), (3, 0), (1, LONG), (100, 5)])
-def test_shapes(device, rows, columns):
+def test_shapes(way, rows, columns):
     student, teacher = pair_of(columns, rows=rows)
     found = cuda.statistics(student, teacher, targets=torch.zeros(rows, dtype=torch.int64), weights=None, wanted=WANTED)
     assert all(value.shape == (rows,) for value in found.values())
@@ -512,7 +513,7 @@ def test_shapes(device, rows, columns):
 
 @needs_host
 @pytest.mark.parametrize("order", ["1", "2", "3"])
-def test_the_order_of_threads_changes_no_bit(device, monkeypatch, order):
+def test_the_order_of_threads_changes_no_bit(way, monkeypatch, order):
     student, teacher = pair_of(LONG, bias=True, rows=20)
     combination = combination_of(SUMS[2], LONG, rows=20)
     normalizers = normalizers_of(student, teacher)
@@ -600,17 +601,20 @@ def test_what_cannot_be_launched_is_said(use, host):
 def test_address_sanitizer():
     """A small set of this file in a process that watches every access."""
     library = cuda_build.build("-fsanitize=address -fno-omit-frame-pointer")
-    runtime = subprocess.run(
-        [cuda_build.compiler(), "-print-file-name=libasan.so"], check=True, text=True, capture_output=True
-    ).stdout.strip()
+    runtime = [
+        subprocess.run(
+            [cuda_build.compiler(), f"-print-file-name={name}"], check=True, text=True, stdout=subprocess.PIPE
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = os.environ | {
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": ":".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "LOGITLESS_CUDA_HOST": str(library),
     }
     chosen = "test_every_alignment or test_shapes or test_low_precision or test_in_place"
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env=environment,
         check=True,
     )
@@ -633,4 +637,4 @@ def test_registers_and_spills():
     assert len({kernel for _, kernel, _ in found}) == 15  # see the kernels' files
     for (_, kernel, arch), (spills, registers) in found.items():
         pair_of_rows = "row_kernel" in kernel and "Lb1E" in kernel
-        assert spills == 0 and registers <= (96 if pair_of_rows else 64), (kernel, arch, spills, registers)
+        assert spills == 0 and registers <= (96 if pair_of_rows else 80), (kernel, arch, spills, registers)

@@ -37,7 +37,8 @@
 namespace logitless::cuda {
 namespace {
 
-constexpr int most_threads = 512;
+// Two blocks share a processor and its 65536 registers: 80 for each of 2 x 384 threads.
+constexpr int most_threads = 384;
 constexpr int warp_size = 32;
 constexpr float infinity = __builtin_inff();
 

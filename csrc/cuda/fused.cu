@@ -43,8 +43,7 @@ constexpr std::size_t shared_head = (sizeof(Shared) + 15) / 16 * 16;
 
 struct Nothing {};  // the output type of statistics alone
 
-// Two blocks of a processor share its registers: 64 for each of 2 x 512 threads, 96 for each of 2 x 320. A pair of rows
-// needs the latter.
+// A pair of rows needs more registers: 96.
 constexpr int most_threads_for(bool paired) { return paired ? 320 : most_threads; }
 
 // The quads [begin, begin + count) of a row that this thread works on.
