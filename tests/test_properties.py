@@ -33,6 +33,11 @@ def outcome(objective, s, t, **options):
     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
 
+def is_slow(parameters: dict) -> bool:
+    """Many examples of small shapes: minutes under Triton's interpreter."""
+    return parameters.get("backend") == "triton"
+
+
 @SETTINGS
 @given(SIZES, DIVERGENCES, st.integers(0, 1000))
 def test_divergences_are_distances_of_distributions(backend, sizes, divergence, seed):

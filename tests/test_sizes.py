@@ -1,4 +1,4 @@
-"""Real sizes, on a GPU: vocabularies up to 262144, 32768 tokens, products N V beyond 2^31. Small ones stand in on a CPU.
+"""Real sizes, on a GPU: vocabularies up to 262144, 32768 tokens, N V beyond 2^31. Small ones stand in on a CPU.
 
 Cross-entropy per token and its gradients against float64, chunk by chunk; the bar is that of tests/test_contract.py.
 """

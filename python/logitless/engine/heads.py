@@ -68,8 +68,8 @@ class LinearHead(Head):
     """hidden [n, H] and weight [V, H] of some type, and products in the compute type.
 
     With ``low_products`` low-precision operands are multiplied as they are: gradients of logits are rounded once to
-    that type, into a buffer that holds those of a whole group of rows, so that the weight's float32 gradient is read and
-    written once a group. Gradients for float16 are computed times a power of two, the *gain*: theirs would underflow.
+    that type, into a buffer that holds those of a whole group of rows, so that the weight's float32 gradient is read
+    and written once a group. Those for float16 are computed times a power of two, the *gain*: they would underflow.
     Otherwise low-precision inputs are upcast, ``upcast`` columns of the weight at a time.
     """
 

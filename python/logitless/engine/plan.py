@@ -259,7 +259,8 @@ def _whole_tilings(shape: Shape, machine: Machine, room: int, operand: int) -> l
     rows = room // (per_row + per_gradient) if per_row + per_gradient else shape.tokens
     if rows < 1:
         return []
-    whole_tiles = machine.overlaps and 128 <= rows < shape.tokens  # of the products: a last one in part costs like a whole
+    # tiles of a product that are filled in part cost like whole ones
+    whole_tiles = machine.overlaps and 128 <= rows < shape.tokens
     tilings = [Tiling(rows // 128 * 128 if whole_tiles else _even(shape.tokens, rows), shape.vocab)]
     if per_gradient:  # few rows of logits, many of gradients
         for block in LOGIT_BLOCKS:
@@ -351,7 +352,8 @@ def _priced(
             if not machine.overlaps:
                 traffic += 2 * groups * v * side.hidden * shape.itemsize
             elif not low or groups > 1:  # written by the first group, read and written by others, rounded at the end
-                traffic += v * side.hidden * ((2 * groups - 1) * shape.itemsize + low * (shape.itemsize + side.itemsize))
+                rounding = shape.itemsize + side.itemsize if low else 0
+                traffic += v * side.hidden * ((2 * groups - 1) * shape.itemsize + rounding)
             if low and groups > 1:
                 accumulators += v * side.hidden * shape.itemsize
     if machine.overlaps:  # row kernels: one reading for statistics, one reading and one writing for the gradient
