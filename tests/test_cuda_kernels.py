@@ -512,6 +512,18 @@ def test_shapes(way, rows, columns):
 
 
 @needs_host
+def test_lengths_in_turn_and_the_current_device(host, use):
+    """What one length asks of the driver holds for the others; launches leave the current device as it was."""
+    for name in ("cluster", "block", "cluster16"):
+        use(name)
+        for columns in (LONG, 1000, 33, LONG, 33):
+            student, teacher = pair_of(columns, rows=3)
+            fused_of(student, teacher, combination_of({"q", "p"}, columns, rows=3))
+            check_statistics(student, teacher)
+    assert host.current_device() == 0
+
+
+@needs_host
 @pytest.mark.parametrize("order", ["1", "2", "3"])
 def test_the_order_of_threads_changes_no_bit(way, monkeypatch, order):
     student, teacher = pair_of(LONG, bias=True, rows=20)

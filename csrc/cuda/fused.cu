@@ -297,8 +297,9 @@ using Kernel = void (*)(Fused);
 int granted(Kernel kernel, const Device& device, const Plan& plan) {
     const void* function = reinterpret_cast<const void*>(kernel);
     int count = 0;
-    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(plan.shared));
+    // Always the device's: the attribute is the kernel's, and this plan is not its only one.
+    cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
     if (error == cudaSuccess && plan.cluster == 1) {
         error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, plan.threads, plan.shared);
         count *= device.processors;

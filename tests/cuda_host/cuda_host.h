@@ -21,6 +21,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -40,6 +41,8 @@ struct Properties {
     int processors = 4, shared_per_block = 227 << 10, shared_per_processor = 228 << 10, clusters = 1, most_cluster = 8;
 };
 inline Properties properties;
+inline int current_device = 0;
+inline std::map<std::pair<int, const void*>, int> shared_allowed, large_clusters_allowed;  // by device and kernel, as set
 inline int dropped_barrier = 0;    // LL_TEST_DROP_BARRIER
 inline long launches[4] = {};    // of 1 block, of clusters, blocks of the largest cluster, threads of the last
 
@@ -213,8 +216,11 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Argument), c
     const char* text = std::getenv("CUDA_HOST_ORDER");
     const int order = text ? std::atoi(text) : 0;
     const unsigned size = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
-    if (static_cast<int>(config->dynamicSmemBytes) > properties.shared_per_block || config->blockDim.x % 32 ||
-        config->gridDim.x % size || config->gridDim.x == 0)
+    const std::pair<int, const void*> function(current_device, reinterpret_cast<const void*>(kernel));
+    const auto allowed = shared_allowed.find(function);
+    const std::size_t most_shared = allowed == shared_allowed.end() ? 48 << 10 : allowed->second;
+    if (config->dynamicSmemBytes > most_shared || config->blockDim.x % 32 || config->gridDim.x % size ||
+        config->gridDim.x == 0 || (size > 8 && !large_clusters_allowed[function]))
         return cudaErrorInvalidConfiguration;
     blockDim = config->blockDim;
     gridDim = config->gridDim;
@@ -284,14 +290,17 @@ inline int max(int a, int b) { return a > b ? a : b; }
 
 // The runtime's host side, as far as the launchers use it.
 extern "C" {
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_host::current_device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return cuda_host::current_device = device, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "refused by cuda_host"; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
-    return attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > cuda_host::properties.shared_per_block
-               ? cudaErrorInvalidValue
-               : cudaSuccess;
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+    if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+        cuda_host::large_clusters_allowed[{cuda_host::current_device, kernel}] = value;
+        return cudaSuccess;
+    }
+    cuda_host::shared_allowed[{cuda_host::current_device, kernel}] = value;
+    return value > cuda_host::properties.shared_per_block ? cudaErrorInvalidValue : cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -312,7 +321,9 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, con
 inline cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel, const cudaLaunchConfig_t* config) {
     const int size = config->attrs[0].val.clusterDim.x;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(count, kernel, config->blockDim.x, config->dynamicSmemBytes);
-    *count = size <= cuda_host::properties.most_cluster ? max(*count, 1) : 0;
+    *count = *count * cuda_host::properties.processors / size;
+    const bool large = cuda_host::large_clusters_allowed[{cuda_host::current_device, kernel}];
+    if (size > (large ? 16 : 8) || size > cuda_host::properties.most_cluster) *count = 0;
     return cudaSuccess;
 }
 }

@@ -16,6 +16,7 @@ PYBIND11_MODULE(cuda_host, module) {
         },
         py::kw_only(), py::arg("processors"), py::arg("shared_per_block"), py::arg("shared_per_processor"),
         py::arg("clusters"), py::arg("most_cluster"));
+    module.def("current_device", [] { return cuda_host::current_device; });
     module.def("drop_barrier", [](int number) { cuda_host::dropped_barrier = number; });
     module.def("launches", [] {  // since the last call
         const auto found = std::vector<long>(std::begin(cuda_host::launches), std::end(cuda_host::launches));

@@ -74,8 +74,10 @@ class _Call:
     def of(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        self._kept.append(tensor.contiguous())
-        return self._kept[-1].data_ptr()
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            self._kept.append(tensor)
+        return tensor.data_ptr()
 
     def _chunk(self, chunk: Chunk):
         return _kernels.Chunk(
@@ -87,29 +89,34 @@ class _Call:
             inner=chunk.inner,
         )
 
-    def sums(self, names: list) -> dict[object, Tensor]:
-        """New float64 [rows] tensors."""
-        return dict(zip(names, torch.empty(len(names), self.rows, dtype=torch.float64, device=self.device).unbind()))
+    def sums(self, names: list) -> tuple[dict[object, Tensor], dict[object, int]]:
+        """New float64 [rows] tensors, and their addresses."""
+        together = torch.empty(len(names), self.rows, dtype=torch.float64, device=self.device)
+        first, size = together.data_ptr(), 8 * self.rows
+        return dict(zip(names, together.unbind())), {name: first + i * size for i, name in enumerate(names)}
 
     def statistics(self, targets: Tensor | None, weights: Tensor | None, names: list[str]) -> dict[str, Tensor]:
-        argmax = ["argmax"] if "argmax" in names else []
-        found = self.sums([name for name in names if name not in argmax])
-        found |= {name: torch.empty(self.rows, dtype=torch.int64, device=self.device) for name in argmax}
+        found, addresses = self.sums([name for name in names if name != "argmax"])
+        if "argmax" in names:
+            found["argmax"] = torch.empty(self.rows, dtype=torch.int64, device=self.device)
+            addresses["argmax"] = found["argmax"].data_ptr()
         self.arguments["targets"] = self.of(targets)
         self.arguments["weights"] = self.of(weights)
-        self.arguments["accumulators"] = {name: tensor.data_ptr() for name, tensor in found.items()}
+        self.arguments["accumulators"] = addresses
         return found
 
     def normalizers(self, normalizers: Normalizers) -> None:
         self.arguments["normalizers"] = {name: self.of(tensor) for name, tensor in vars(normalizers).items()}
 
-    def terms(self, generic, sums: dict[object, Tensor]) -> None:
+    def terms(self, generic, sums: dict[object, int]) -> None:
+        """Generic divergences, and where their ("value", "slope") go."""
         self.arguments["divergences"] = [
             (
                 definition.name,
                 [self.of(p) for p in parameters],
                 self.of(c),
-                *(sums[k, name].data_ptr() if sums else 0 for name in ("value", "slope")),
+                sums.get((k, "value"), 0),
+                sums.get((k, "slope"), 0),
             )
             for k, (definition, parameters, c) in enumerate(generic)
         ]
@@ -165,9 +172,9 @@ def generic(
 ) -> tuple[Tensor, Tensor]:
     """(sum_j q_j f_j, sum_j q_j g_j) per row, float64."""
     call = _Call(student, teacher)
-    found = call.sums([(0, "value"), (0, "slope")])
+    found, addresses = call.sums([(0, "value"), (0, "slope")])
     call.normalizers(normalizers)
-    call.terms([(definition, parameters, None)], found)
+    call.terms([(definition, parameters, None)], addresses)
     _kernels.generic(**call.arguments)
     return found[0, "value"], found[0, "slope"]
 
@@ -201,9 +208,11 @@ def fused(
     names = _names(teacher, targets, wanted)
     balance = [_BALANCE[key] for key in combination.coefficients if key in _BALANCE]
     found = call.statistics(targets, weights, list(dict.fromkeys(names + balance)))
-    sums = call.sums([(k, name) for k in range(len(combination.generic)) for name in ("value", "slope")])
+    sums: dict[object, Tensor] = {}
+    if combination.generic:
+        sums, addresses = call.sums([(k, name) for k in range(len(combination.generic)) for name in ("value", "slope")])
+        call.terms(combination.generic, addresses)
     call.combination(combination, out)
     call.arguments["weight_vector"] = call.arguments["weights"]
-    call.terms(combination.generic, sums)
     _kernels.fused(**call.arguments)
     return {name: found[name] for name in names} | sums
