@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -132,6 +133,7 @@ class Plan:
     seconds: float
 
 
+@lru_cache(maxsize=4096)
 def plan(shape: Shape, machine: Machine, strategy: str = "auto", workspace: int | None = None) -> Plan:
     """The cheapest plan within ``workspace`` bytes; by default the smallest within 3% of the best below the cap.
 

@@ -67,7 +67,11 @@ class Problem:
     def encode(self) -> str:
         terms = tuple([term.encode() for term in self.terms])
         fields = tuple([getattr(self, name) for name in _PLAIN_FIELDS])
-        return _encode((_head_fields(self.student), _head_fields(self.teacher), terms, fields))
+        value = (_head_fields(self.student), _head_fields(self.teacher), terms, fields)
+        if torch.compiler.is_compiling():
+            return _encode(value)
+        text = repr(value)  # as exact, and faster
+        return _encode(value) if "inf" in text or "nan" in text else text
 
     @staticmethod
     @lru_cache(maxsize=1024)
