@@ -47,7 +47,7 @@ from benchmarks.cases import (
 )
 from benchmarks.environment import ROOT, gpu_environment, result_path
 from logitless import backends
-from logitless.backends import Chunk, Combination, Normalizers
+from logitless.backends import Chunk, Combination, Normalizers, dispatch
 from logitless.divergences import TABLE
 from logitless.engine import plan as planning
 
@@ -217,7 +217,7 @@ class RowCase:
     name: str
     bytes: int
     run: Callable[[object, Rows], object]
-    pair: bool = False
+    kernel: str | None = None  # what the dispatcher chooses for, by this measurement
 
 
 @dataclass(frozen=True)
@@ -251,18 +251,27 @@ def _jsd(x: Rows):
 
 
 MOMENTS = frozenset({"moments"})
+_kernel = dispatch.kernel_name
+# fmt: off
 ROW_CASES = (
-    RowCase("statistics", 4, lambda b, x: _statistics(b, x, None, frozenset())),
+    RowCase("statistics", 4, lambda b, x: _statistics(b, x, None, frozenset()), _kernel("statistics", False)),
     RowCase("statistics+entropy", 4, lambda b, x: _statistics(b, x, None, frozenset({"entropy"}))),
-    RowCase("pair statistics", 8, lambda b, x: _statistics(b, x, x.teacher, MOMENTS), True),
-    RowCase("generic jsd", 8, lambda b, x: b.generic(x.student, x.teacher, x.normalizers, *_jsd(x)[0][:2]), True),
+    RowCase("pair statistics", 8, lambda b, x: _statistics(b, x, x.teacher, MOMENTS), _kernel("statistics", True)),
+    RowCase("generic jsd", 8, lambda b, x: b.generic(x.student, x.teacher, x.normalizers, *_jsd(x)[0][:2]),
+            _kernel("generic", True)),
     RowCase("gradient ce, in place", 8, lambda b, x: _gradient(b, x, ("one_hot", "q"), x.student.z)),
-    RowCase("gradient ce, bf16", 6, lambda b, x: _gradient(b, x, ("one_hot", "q"), x.low)),
-    RowCase("gradient forward_kl, bf16", 10, lambda b, x: _gradient(b, x, ("q", "p"), x.low, x.teacher), True),
-    RowCase("fused ce, bf16", 10, lambda b, x: _fused(b, x, ("one_hot",))),
-    RowCase("fused reverse_kl, bf16", 18, lambda b, x: _fused(b, x, ("q_log_ratio",), x.teacher, MOMENTS), True),
-    RowCase("fused jsd, bf16", 26, lambda b, x: _fused(b, x, (), x.teacher, frozenset(), _jsd(x)), True),
+    RowCase("gradient ce, bf16", 6, lambda b, x: _gradient(b, x, ("one_hot", "q"), x.low), _kernel("gradient", False)),
+    RowCase("gradient forward_kl, bf16", 10, lambda b, x: _gradient(b, x, ("q", "p"), x.low, x.teacher),
+            _kernel("gradient", True)),
+    RowCase("gradient jsd, bf16", 10, lambda b, x: _gradient(b, x, ("q",), x.low, x.teacher, _jsd(x)),
+            _kernel("gradient", True, True)),
+    RowCase("fused ce, bf16", 10, lambda b, x: _fused(b, x, ("one_hot",)), _kernel("fused", False)),
+    RowCase("fused reverse_kl, bf16", 18, lambda b, x: _fused(b, x, ("q_log_ratio",), x.teacher, MOMENTS),
+            _kernel("fused", True)),
+    RowCase("fused jsd, bf16", 26, lambda b, x: _fused(b, x, (), x.teacher, frozenset(), _jsd(x)),
+            _kernel("fused", True, True)),
 )
+# fmt: on
 
 
 def measure_rows(
@@ -412,6 +421,8 @@ def main() -> int:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {path.relative_to(ROOT)}")
+    if not arguments.quick and len({one["backend"] for one in result["rows"]}) > 1:
+        keep_for_dispatch(result)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

@@ -50,18 +50,23 @@ is *open* (its coefficients do not depend on statistics, and there is one more, 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from torch import Tensor, device, dtype
 
 from logitless.divergences import Definition
 
 WANTED = frozenset({"entropy", "collision", "weighted", "argmax", "moments"})
-NAMES = ("cpu", "triton", "torch")
+if TYPE_CHECKING:
+    from logitless.backends.dispatch import Dispatch
+
+NAMES = ("cpu", "cuda", "triton", "torch")
 BASIS = ("one_hot", "q", "p", "weights", "q_log_q", "q_squared", "q_log_ratio")
 
 
@@ -114,7 +119,7 @@ def available() -> dict[str, ModuleType | str]:
     return {name: getattr(module, "PROBLEM", None) or module for name, module in modules.items()}
 
 
-def select(where: device, compute: dtype) -> ModuleType:
+def select(where: device, compute: dtype) -> ModuleType | Dispatch:
     """The backend for a device and a compute type: of those that support them, the fastest.
 
     ``LOGITLESS_BACKEND`` forces one by name.
@@ -135,9 +140,25 @@ def select(where: device, compute: dtype) -> ModuleType:
         return backend
     if where.type == "cpu" and isinstance(found["cpu"], str):
         _warn_once(f"logitless: the C++ kernels cannot run ({found['cpu']}); the slower torch backend serves instead")
-    order = ("cpu", "torch") if where.type == "cpu" else ("triton", "torch")  # interpreted kernels must be asked for
+    order = (
+        ("cpu", "torch") if where.type == "cpu" else ("cuda", "triton", "torch")
+    )  # interpreted ones must be asked for
     candidates = [found[name] for name in order if not isinstance(found[name], str)]
-    return next(backend for backend in candidates if backend.supports(where, compute))
+    serving = [backend for backend in candidates if backend.supports(where, compute)]
+    return _both(where) if len(serving) == 3 else serving[0]
+
+
+@functools.lru_cache
+def _both(where: device) -> Dispatch:
+    """The cuda and the triton backend together."""
+    from torch.cuda import get_device_capability
+
+    from logitless.backends import dispatch
+
+    found = available()
+    major, minor = get_device_capability(where)
+    seconds = dispatch.measured().get(f"{major}.{minor}", {}).get("seconds", {})
+    return dispatch.Dispatch((found["cuda"], found["triton"]), seconds)
 
 
 _warned: set[str] = set()
