@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -650,3 +651,20 @@ def test_registers_and_spills():
     for (_, kernel, arch), (spills, registers) in found.items():
         pair_of_rows = "row_kernel" in kernel and "Lb1E" in kernel
         assert spills == 0 and registers <= (96 if pair_of_rows else 80), (kernel, arch, spills, registers)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_rows_are_read_and_written_as_vectors(tmp_path):
+    """In PTX, where vectors are final: every kernel that writes gradients has both of its stores of a whole quad."""
+    source, ptx = cuda_build.ROOT / "csrc/cuda/fused.cu", tmp_path / "fused.ptx"
+    subprocess.run(["nvcc", "-std=c++17", "-fmad=false", "-arch=sm_90", "-ptx", source, "-o", ptx], check=True)
+    kernels = ptx.read_text().split(".entry ")[1:]
+    assert len(kernels) == 8
+    for kernel in kernels:
+        name = kernel[: kernel.index("(")]
+        assert "cp.async.cg.shared.global" in kernel and "ld.shared.v4.f32" in kernel
+        if "Nothing" not in name:
+            assert (
+                len(re.findall(r"st\.global\.wb\.v4\.f32" if "IfLb" in name else r"st\.global\.wb\.v2\.u32", kernel))
+                == 2
+            )

@@ -66,6 +66,20 @@ __device__ __forceinline__ bool aligned(const void* address) {
 __device__ __forceinline__ Quad get(const float4& from) { return {{from.x, from.y, from.z, from.w}}; }
 __device__ __forceinline__ float4 pack(const Quad& x) { return make_float4(x.at[0], x.at[1], x.at[2], x.at[3]); }
 
+template <class T>
+__device__ __forceinline__ T rounded(float x) {
+    if constexpr (std::is_same_v<T, float>) return x;
+    else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
+    else return __float2bfloat16_rn(x);
+}
+
+// Of a rounded number.
+template <class T>
+__device__ __forceinline__ unsigned bits(float x) {
+    if constexpr (std::is_same_v<T, __half>) return __half_as_ushort(rounded<T>(x));
+    else return __bfloat16_as_ushort(rounded<T>(x));
+}
+
 __device__ __forceinline__ int size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
 // The columns of a row, in quads. Column j is place k of quad v, j = 4 v - lead + k.
@@ -105,26 +119,22 @@ struct Span {
         }
     }
 
+    // The whole quad's store is an intrinsic: a plain one nvcc takes apart, to share it with those of the ragged quads.
     template <class T>
     __device__ __forceinline__ void write(T* to, int v, const Quad& values) const {
-        T rounded[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            if constexpr (sizeof(T) == sizeof(float)) rounded[k] = values.at[k];
-            else if constexpr (std::is_same_v<T, __half>) rounded[k] = __float2half_rn(values.at[k]);
-            else rounded[k] = __float2bfloat16_rn(values.at[k]);
-        }
         to += column(v);
         if (whole(v) && aligned<4 * sizeof(T)>(to)) {
-            using Bits = std::conditional_t<sizeof(T) == sizeof(float), uint4, uint2>;
-            Bits bits;
-            std::memcpy(&bits, rounded, sizeof bits);
-            *reinterpret_cast<Bits*>(to) = bits;
+            if constexpr (sizeof(T) == sizeof(float)) {
+                __stwb(reinterpret_cast<float4*>(to), pack(values));
+            } else {
+                const auto two = [&](int k) { return bits<T>(values.at[k]) | bits<T>(values.at[k + 1]) << 16; };
+                __stwb(reinterpret_cast<uint2*>(to), make_uint2(two(0), two(2)));
+            }
             return;
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-            if (holds(v, k)) to[k] = rounded[k];
+            if (holds(v, k)) to[k] = rounded<T>(values.at[k]);
     }
 };
 

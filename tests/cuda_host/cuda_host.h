@@ -42,7 +42,7 @@ struct Properties {
 };
 inline Properties properties;
 inline int current_device = 0;
-inline std::map<std::pair<int, const void*>, int> shared_allowed, large_clusters_allowed;  // by device and kernel, as set
+inline std::map<std::pair<int, const void*>, int> shared_allowed, large_clusters_allowed;  // by device and kernel
 inline int dropped_barrier = 0;    // LL_TEST_DROP_BARRIER
 inline long launches[4] = {};    // of 1 block, of clusters, blocks of the largest cluster, threads of the last
 
@@ -284,6 +284,10 @@ inline void __syncwarp(unsigned = ~0u) { ::cuda_host::wait(::cuda_host::warp());
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     return ::cuda_host::shuffle(value, (::cuda_host::fiber->index % 32) ^ mask);
+}
+template <class T>
+void __stwb(T* to, T value) {
+    *to = value;
 }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
