@@ -54,7 +54,7 @@ from logitless.engine import plan as planning
 PARTS = ("tests", "sizes", "sanitizer", "losses", "rows")
 FULL, QUICK = Size(8192, 4096, 128256), Size(24, 16, 509)
 MIB, GIB = 1 << 20, 1 << 30
-SANITIZED = "test_gradient and 1000 and triton or test_statistics and 1000 and triton or test_fused and triton"
+SANITIZED = "(test_gradient or test_statistics or test_fused) and 1000 and (triton-split or cuda)"
 
 
 def logprob_and_entropy(x: Inputs, workspace: int | str) -> Tensor:
@@ -302,14 +302,20 @@ def measure_rows(
         for name, seconds in times.items():
             if round_number:
                 samples[name].append(seconds)
-    return {
-        "name": case.name,
-        "backend": backend.NAME,
-        "rows": rows,
-        "columns": columns,
-        "bytes": moved,
-        "samples": samples,
-    }
+    described = {"name": case.name, "kernel": case.kernel, "backend": backend.NAME, "rows": rows, "columns": columns}
+    return described | {"bytes": moved, "samples": samples}
+
+
+def keep_for_dispatch(result: dict) -> None:
+    """What the dispatcher reads: seconds of each backend by kernel and columns, for this compute capability."""
+    seconds: dispatch.Seconds = {}
+    for one in result["rows"]:
+        if one["kernel"] is not None:
+            sizes = seconds.setdefault(one["kernel"], {}).setdefault(str(one["columns"]), {})
+            sizes[one["backend"]] = median(one["samples"]["kernel"])
+    kept = {"device": result["device"], "date": result["date"], "commit": result["commit"], "seconds": seconds}
+    capabilities = dict(dispatch.measured()) | {result["capability"]: kept}
+    dispatch.MEASURED.write_text(json.dumps(capabilities, indent=1) + "\n")
 
 
 # ---- tests

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # reference, pairwise, interpreter
 
-BACKENDS = {"cpu": ["cpu", "triton", "torch"], "cuda": ["triton", "torch"]}
+BACKENDS = {"cpu": ["cpu", "triton", "torch"], "cuda": ["cuda", "triton", "torch"]}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import logitless as ll
 import reference
+from logitless.engine import memory
 from logitless.engine import plan as planning
 from pairwise import pairwise, sample
 
@@ -331,6 +332,7 @@ def test_products_of_low_precision_operands(backend: str, case: dict, monkeypatc
         pytest.skip("the C++ kernels write float32; many small blocks take the interpreter long")
     machine = replace(planning.gpu(), cap=64 << 20, overhead=0.0)
     monkeypatch.setattr(planning, "machine", lambda device: machine)
+    monkeypatch.setattr(memory, "alignment", lambda device: 64)
     if case["workspace"] == "auto":  # several blocks of logits in a group of gradients, and several groups
         tilings = lambda shape, machine, room, operand: [planning.Tiling(3, shape.vocab, 10 if operand else 0)]  # noqa: E731
         monkeypatch.setattr(planning, "_whole_tilings", tilings)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitless.backends import BASIS, WANTED, Chunk, Combination, Normalizers, cpu, triton
+from logitless.backends import BASIS, WANTED, Chunk, Combination, Normalizers, cpu, cuda, triton
 from logitless.backends import torch as specification
 from logitless.divergences import TABLE
 from logitless.engine import statistics as algebra
@@ -62,18 +62,20 @@ class Kernels:
 kernels = Kernels()
 
 
-SUBJECTS = [*COPIES, *([] if triton.PROBLEM else TILES)]
+SUBJECTS = [*COPIES, *([] if triton.PROBLEM else TILES), *(["cuda"] if ON_GPU and not cuda.PROBLEM else [])]
 
 
 @pytest.fixture(params=SUBJECTS, autouse=True)
 def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernels serve: "cpu-" and the copy, or "triton-" and the tiles."""
+    """Which kernels serve: "cpu-" and the copy, "triton-" and the tiles, or "cuda"."""
     name, _, which = request.param.partition("-")
     if name == "cpu":
         best = cpu._C.isa()
         request.addfinalizer(lambda: cpu._C.force_isa(best))
         cpu._C.force_isa(which)
         monkeypatch.setattr(kernels, "backend", cpu)
+    elif name == "cuda":
+        monkeypatch.setattr(kernels, "backend", cuda)
     else:
         rows, columns, parts = TILES[request.param]
         monkeypatch.setattr(kernels, "backend", triton)

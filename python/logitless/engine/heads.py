@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logitless.backends import Chunk, Factors
 from logitless.engine import products
-from logitless.engine.memory import empty
+from logitless.engine.memory import empty, padded
 from logitless.engine.problem import ABSENT, HeadSpec
 
 GAIN_TARGET = 32.0  # the largest upstream gradient of float16: 65504 is far above, and 6e-8 far below what it scales
@@ -26,6 +26,11 @@ class Tile:
     @property
     def size(self) -> tuple[int, int]:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """Room for the tile in a buffer."""
+        rows, columns = self.size
+        return buffer[:rows, :columns]
 
 
 class Head:
@@ -90,7 +95,7 @@ class LinearHead(Head):
 
     def chunk(self, tile: Tile, buffer: Tensor) -> Chunk:
         """The logits of a tile, multiplied into ``buffer``."""
-        z = buffer[: tile.size[0] * tile.size[1]].view(tile.size)
+        z = tile.of(buffer)
         self.multiply(tile, z)
         return self._chunk(z, tile)
 
@@ -116,7 +121,7 @@ class LinearHead(Head):
         hidden, weight, bias = wants
         self.operand = None
         if self.low and self.low_products and any(wants):
-            self.operand = empty(shape, self.weight.dtype, self.device)
+            self.operand = padded(shape, self.weight.dtype, self.device)
             if self.weight.dtype == torch.float16:
                 largest = sum(u.abs() for u in upstream).amax() if self.rows else upstream[0].new_zeros(())
                 self.gain = torch.exp2(torch.floor(torch.log2(GAIN_TARGET / largest.clamp(min=1e-30))))
@@ -131,7 +136,7 @@ class LinearHead(Head):
     def gradient_buffer(self, tile: Tile, buffer: Tensor) -> Tensor:
         """Where the gradient of a tile is to be written before :meth:`accumulate`."""
         if self.operand is None:
-            return buffer[: tile.size[0] * tile.size[1]].view(tile.size)
+            return tile.of(buffer)
         rows = slice(tile.rows.start - tile.group.start, tile.rows.stop - tile.group.start)
         return self.operand[rows, : tile.size[1]]
 
@@ -210,7 +215,7 @@ class DenseHead(Head):
     def chunk(self, tile: Tile, buffer: Tensor | None) -> Chunk:
         if not self.buffered:
             return self._chunk(self.logits[tile.rows, tile.columns], tile)
-        z = buffer[: tile.size[0] * tile.size[1]].view(tile.size)
+        z = tile.of(buffer)
         self.multiply(tile, z)
         return self._chunk(z, tile)
 
@@ -234,7 +239,7 @@ class DenseHead(Head):
     def gradient_buffer(self, tile: Tile, buffer: Tensor | None) -> Tensor:
         if not self.buffered:
             return self.logits_grad[tile.rows, tile.columns]
-        return buffer[: tile.size[0] * tile.size[1]].view(tile.size)
+        return tile.of(buffer)
 
     def accumulate(self, tile: Tile, gradient: Tensor) -> None:
         if not self.buffered:

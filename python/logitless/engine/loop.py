@@ -19,7 +19,7 @@ from logitless.divergences import TABLE
 from logitless.engine import plan as planning
 from logitless.engine import statistics
 from logitless.engine.heads import DenseHead, LinearHead, Tile, make_head
-from logitless.engine.memory import empty
+from logitless.engine.memory import empty, padded
 from logitless.engine.plan import Plan, Side, Tiling
 from logitless.engine.problem import ABSENT, Problem, check_values
 from logitless.engine.statistics import Coefficients, RowContext, Statistics
@@ -139,7 +139,7 @@ class Run:
         self.buffers = self.spare = None
 
     def _buffer(self, rows: int, tiling: Tiling) -> Tensor:
-        return empty((rows * min(tiling.columns, self.columns),), self.dtype, self.device)
+        return padded((rows, min(tiling.columns, self.columns)), self.dtype, self.device)
 
     def evaluate(
         self, tiling: Tiling, upstream: list[Tensor] | None = None, stash: Tensor | None = None, fill: bool = False
@@ -454,7 +454,7 @@ def per_row(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Te
     stash = None
     if plan.stash_rows:
         buffered = sum(head.buffered for head in run.heads)
-        stash = empty((buffered, plan.stash_rows, run.columns), run.dtype, run.device)
+        stash = padded((buffered, plan.stash_rows, run.columns), run.dtype, run.device)
     upstream = None
     if frozen := plan.strategy == "frozen":
         upstream = [scale * factor for scale, factor in zip(run.scales(0), factors, strict=True)]
