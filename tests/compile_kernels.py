@@ -50,19 +50,20 @@ def variants(everything: bool):
         candidates = configs.CANDIDATES[name] if everything else configs.CANDIDATES[name][:1]
         return [configs.row_tile(VOCABULARY, *candidate) for candidate in candidates]
 
-    plain = {"TARGETS": 1}
+    whole = {"parts": 1, "slope_parts": 1}  # Triton makes constants of arguments that are 1: so are most launches
+    plain = {"TARGETS": 1} | whole
     pair = {"PAIR": 1, "TARGETS": 1, "MOMENTS": 1}
     full = {"ENTROPY": 1, "COLLISION": 1, "WEIGHTED": 1, "WEIGHTS": 1, "ARGMAX": 1, "STUDENT_CAPPED": 1}
     basis = {"PAIR": 1, "P": 1, "WEIGHTS": 1, "Q_LOG_Q": 1, "Q_SQUARED": 1, "Q_LOG_RATIO": 1, "WEIGHT_VECTOR": 1}
     cross_entropy = {"ONE_HOT": 1, "Q": 1, "LIVE": 1, "DIVERGENCES": (), "PLACES": ()}
     for tile in tiles("statistics"):
         yield "statistics", statistics.statistics, tile, plain, {}
-        yield "statistics, all", statistics.statistics, tile, plain | full, {}
+        yield "statistics, all", statistics.statistics, tile, {"TARGETS": 1} | full, {}
     for tile in tiles("pair_statistics"):
         yield "pair statistics", statistics.statistics, tile, pair, {}
         yield "pair statistics, all", statistics.statistics, tile, pair | full, {}
     for tile in tiles("generic"):
-        yield "generic jsd", generic.generic, tile, {"DIVERGENCE": divergences.NUMBERS["jsd"], "PLACE": 6}, {}
+        yield "generic jsd", generic.generic, tile, {"DIVERGENCE": divergences.NUMBERS["jsd"], "PLACE": 6} | whole, {}
     for tile in tiles("gradient"):
         yield "gradient of cross_entropy", gradient.gradient, tile, cross_entropy, {}
         yield "gradient of cross_entropy, bf16", gradient.gradient, tile, cross_entropy, {"out": "bf16"}
@@ -87,7 +88,7 @@ def compile_for(target: GPUTarget, kernel, tile, constants: dict, types: dict) -
     given = dict.fromkeys(FLAGS, 0) | sizes | constants
     signature, constexprs, aligned = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
-        if name.isupper():
+        if name.isupper() or name in constants:
             signature[name], constexprs[place,] = "constexpr", given[name]
             continue
         if name in FLOATS | LOGITS | HIDDEN | DOUBLES | LONGS or name == "live":
