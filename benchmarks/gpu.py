@@ -7,6 +7,7 @@
     sanitizer  compute-sanitizer's memcheck and racecheck over a small set, where it is installed
     losses     time and memory of every operation against its bare cuBLAS products
     rows       bandwidth of row kernels against a copy
+    host       time of the host for a call whose work on the device is next to nothing
 
 It exits with 1 if a test fails or a measurement cannot be made; targets that are not reached are marked in the table.
 ``--quick --device cpu`` measures nothing and writes nothing: it shows, on a machine without a GPU, that this runs.
@@ -51,7 +52,7 @@ from logitless.backends import Chunk, Combination, Normalizers, dispatch
 from logitless.divergences import TABLE
 from logitless.engine import plan as planning
 
-PARTS = ("tests", "sizes", "sanitizer", "losses", "rows")
+PARTS = ("tests", "sizes", "sanitizer", "losses", "rows", "host")
 FULL, QUICK = Size(8192, 4096, 128256), Size(24, 16, 509)
 MIB, GIB = 1 << 20, 1 << 30
 SANITIZED = "(test_gradient or test_statistics or test_fused) and 1000 and (triton-split or cuda)"
@@ -205,6 +206,24 @@ def measure_loss(case: Case, size: Size, device: torch.device, rounds: int, cloc
         "errors": errors,
         "memory": memory,
     }
+
+
+def measure_host(case: Case, device: torch.device, rounds: int) -> dict:
+    """Seconds of the host for one call, over 100 calls a round: the device has caught up before each round."""
+    x = case.inputs(QUICK, device)
+    forward = case.forwards()["logitless"]
+    samples = []
+    for round_number in range(rounds + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        calls = 100 if round_number else 10
+        start = time.perf_counter()
+        for _ in range(calls):
+            x.clear()
+            step(forward, x)
+        if round_number:
+            samples.append((time.perf_counter() - start) / calls)
+    return {"name": case.name, "samples": samples}
 
 
 # ---- row kernels
@@ -389,6 +408,9 @@ def table(result: dict) -> str:
             f"| {one['name']} | {one['backend']} | {one['rows']} x {one['columns']} | {1e6 * kernel:.0f} "
             f"| {one['bytes'] / kernel / 1e9:.0f} | {copy / kernel:.0%} |"
         )
+    if result["host"]:
+        lines += ["", "| call | host, us |", "|---|---|"]
+    lines += [f"| {one['name']} | {1e6 * median(one['samples']):.0f} |" for one in result["host"]]
     return "\n".join(lines)
 
 
@@ -409,7 +431,7 @@ def main() -> int:
             failed.append(part)
     size, rounds = (QUICK, 2) if arguments.quick else (FULL, arguments.rounds)
     clock = Clock(device)
-    result = {**gpu_environment(device), "size": asdict(size), "failed": failed, "losses": [], "rows": []}
+    result = {**gpu_environment(device), "size": asdict(size), "failed": failed, "losses": [], "rows": [], "host": []}
     if "losses" in arguments.only:
         for case in CASES:
             result["losses"].append(measure_loss(case, size, device, rounds, clock))
@@ -421,8 +443,12 @@ def main() -> int:
                         continue
                     many = 8 if arguments.quick else 2**28 // columns
                     result["rows"].append(measure_rows(case, backend, many, columns, device, rounds, clock))
+    if "host" in arguments.only:
+        for case in CASES:
+            if case.name in ("cross_entropy", "jsd", "logprobs_no_grad"):
+                result["host"].append(measure_host(case, device, 1 if arguments.quick else rounds))
     print(table(result))
-    if not arguments.quick and (result["losses"] or result["rows"]):
+    if not arguments.quick and (result["losses"] or result["rows"] or result["host"]):
         path = result_path(result)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
