@@ -63,11 +63,12 @@ def variants(everything: bool):
         yield "pair statistics", statistics.statistics, tile, pair, {}
         yield "pair statistics, all", statistics.statistics, tile, pair | full, {}
     for tile in tiles("generic"):
-        yield "generic jsd", generic.generic, tile, {"DIVERGENCE": divergences.NUMBERS["jsd"], "PLACE": 6} | whole, {}
+        for name, number in divergences.NUMBERS.items():
+            yield f"generic {name}", generic.generic, tile, {"DIVERGENCE": number, "PLACE": 6} | whole, {}
     for tile in tiles("gradient"):
         yield "gradient of cross_entropy", gradient.gradient, tile, cross_entropy, {}
         yield "gradient of cross_entropy, bf16", gradient.gradient, tile, cross_entropy, {"out": "bf16"}
-        every = cross_entropy | basis | {"DIVERGENCES": (0, 0), "PLACES": (0, 2)}
+        every = cross_entropy | basis | {"DIVERGENCES": (0, 0, 1, 2, 3, 4), "PLACES": (0, 2, 4, 6, 8, 9)}
         every |= {"STUDENT_CAPPED": 1, "ROW_GRADIENT": 1}
         yield "gradient, all", gradient.gradient, tile, every, {"out": "bf16"}
     closing = {"PAIR": 1, "TARGETS": 1, "MOMENTS": 1, "WEIGHTED": 1, "ENTROPY": 1, "COLLISION": 1, "ONE_HOT": 1, "P": 1}

@@ -85,6 +85,26 @@ def jsd(s, t, beta=0.5):
     return beta * teacher + (1 - beta) * student
 
 
+def skew_forward_kl(s, t, alpha=0.1):
+    """KL(p || alpha p + (1 - alpha) q)."""
+    log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
+    log_m = torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha)) if alpha else log_q
+    return _xlogy(log_p.exp(), log_p - log_m).sum(-1)
+
+
+def skew_reverse_kl(s, t, alpha=0.1):
+    """KL(q || alpha q + (1 - alpha) p)."""
+    return skew_forward_kl(t, s, alpha)
+
+
+def tvd(s, t):
+    return 0.5 * (t.softmax(-1) - s.softmax(-1)).abs().sum(-1)
+
+
+def squared_hellinger(s, t):
+    return 1 - ((s.log_softmax(-1) + t.log_softmax(-1)) / 2).exp().sum(-1)
+
+
 def _xlogy(probability, log):
     """probability * log with 0 * (-inf) = 0, in value and gradient."""
     return probability * torch.where(probability == 0, 0.0, log)

@@ -36,6 +36,11 @@ OBJECTIVES = {
     "jsd": [(1.0, "jsd", {"beta": 0.5})],
     "jsd_small": [(2.0, "jsd", {"beta": 0.05})],
     "jsd_zero": [(1.0, "jsd", {"beta": 0.0})],
+    "skew_forward_kl": [(1.0, "skew_forward_kl", {"alpha": 0.1})],
+    "skew_reverse_kl": [(1.0, "skew_reverse_kl", {"alpha": 0.3})],
+    "skew_zero": [(1.0, "skew_reverse_kl", {"alpha": 0.0})],
+    "tvd": [(1.0, "tvd", {})],
+    "squared_hellinger": [(1.0, "squared_hellinger", {})],
     "jsd_squared": [(1.0, "jsd", {"beta": 0.7, "temperature_squared": True})],
     "row_term": [(1.0, "row_student", {})],
     "row_term_teacher": [(0.5, "row_teacher", {}), (0.5, "forward_kl", {})],
@@ -49,7 +54,10 @@ OBJECTIVES = {
         (1e-3, "z_loss", {}),
     ],
 }
-WITH_TEACHER = {"forward_kl", "reverse_kl", "symmetric_kl", "jsd", "row_teacher"}
+DIVERGENCES = {"forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"}
+DIVERGENCES |= {"squared_hellinger"}
+GENERIC = DIVERGENCES - {"forward_kl", "reverse_kl", "symmetric_kl"}
+WITH_TEACHER = DIVERGENCES | {"row_teacher"}
 WITH_TARGETS = {"cross_entropy", "logprob"}
 
 SEVERAL_BASIS_ELEMENTS = {"smoothed", "smoothed_class_weights", "row_term", "row_term_teacher", "sum", "everything"}
@@ -340,7 +348,11 @@ def test_products_of_low_precision_operands(backend: str, case: dict, monkeypatc
 
 
 def serves_fused_products(case: dict) -> bool:
-    if case["dtype"] == "float64" or case["student"] != "linear" or needs(case, {"jsd", "row_student", "row_teacher"}):
+    if (
+        case["dtype"] == "float64"
+        or case["student"] != "linear"
+        or needs(case, GENERIC | {"row_student", "row_teacher"})
+    ):
         return False
     if needs(case, WITH_TEACHER) and case["teacher"] == "dense":
         return False

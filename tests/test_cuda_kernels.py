@@ -649,8 +649,8 @@ def test_registers_and_spills():
             found[report.parent.name, kernel, arch] = spills, int(re.search(r"Used (\d+) registers", entry).group(1))
     assert len({kernel for _, kernel, _ in found}) == 15  # see the kernels' files
     for (_, kernel, arch), (spills, registers) in found.items():
-        pair_of_rows = "row_kernel" in kernel and "Lb1E" in kernel
-        assert spills == 0 and registers <= (96 if pair_of_rows else 80), (kernel, arch, spills, registers)
+        most = 128 if "Lb1E" in kernel else 80  # a pair of rows, or one
+        assert spills == 0 and registers <= most, (kernel, arch, spills, registers)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

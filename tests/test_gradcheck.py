@@ -18,6 +18,10 @@ TERMS = {
     "reverse_kl": lambda: ll.Divergence("reverse_kl", temperature_squared=True),
     "symmetric_kl": lambda: ll.Divergence("symmetric_kl", weight=0.2),
     "jsd": lambda: ll.Divergence("jsd", beta=0.3),
+    "skew_forward_kl": lambda: ll.Divergence("skew_forward_kl", alpha=0.2),
+    "skew_reverse_kl": lambda: ll.Divergence("skew_reverse_kl", alpha=0.2),
+    "tvd": lambda: ll.Divergence("tvd"),
+    "squared_hellinger": lambda: ll.Divergence("squared_hellinger"),
     "sum": lambda: ll.CrossEntropy() - 0.3 * ll.Entropy() + ll.Divergence("jsd") + ll.Divergence("reverse_kl"),
     "row_term": lambda: ll.row_term(lambda s, t, y: ((s - t) ** 2).mean(-1) * (y + 1), teacher=True, targets=True),
 }

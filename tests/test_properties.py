@@ -18,6 +18,8 @@ SETTINGS = settings(
 DIVERGENCES = st.sampled_from(
     [("forward_kl", {}), ("reverse_kl", {}), ("symmetric_kl", {"weight": 0.3})]
     + [("jsd", {"beta": beta}) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)]
+    + [(f"skew_{side}_kl", {"alpha": alpha}) for side in ("forward", "reverse") for alpha in (0.0, 0.1, 0.7, 1.0)]
+    + [("tvd", {}), ("squared_hellinger", {})]
 )
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 70))
 

@@ -37,8 +37,10 @@
 namespace logitless::cuda {
 namespace {
 
-// Two blocks share a processor and its 65536 registers: 80 for each of 2 x 384 threads.
+// Two blocks share a processor and its 65536 registers: 80 for each of 2 x 384 threads, and for what works on pairs of
+// rows, and so inlines every divergence, 128 for each of 2 x 256.
 constexpr int most_threads = 384;
+constexpr int most_threads_for(bool paired) { return paired ? 256 : most_threads; }
 constexpr int warp_size = 32;
 constexpr float infinity = __builtin_inff();
 

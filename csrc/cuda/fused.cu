@@ -43,9 +43,6 @@ constexpr std::size_t shared_head = (sizeof(Shared) + 15) / 16 * 16;
 
 struct Nothing {};  // the output type of statistics alone
 
-// A pair of rows needs more registers: 96.
-constexpr int most_threads_for(bool paired) { return paired ? 320 : most_threads; }
-
 // The quads [begin, begin + count) of a row that this thread works on.
 template <class Body>
 __device__ __forceinline__ void sweep(int begin, int count, const Body& body) {

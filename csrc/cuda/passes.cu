@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(most_threads, 2) generic_kernel(const __grid_c
 constexpr int group = 2;  // quads a thread has loaded before it works on them
 
 template <class Out, bool paired>
-__global__ void __launch_bounds__(most_threads, 2) gradient_kernel(const __grid_constant__ Pass pass) {
+__global__ void __launch_bounds__(most_threads_for(paired), 2) gradient_kernel(const __grid_constant__ Pass pass) {
     LL_DYN_SMEM(unsigned char, memory);
     Row& shared = *reinterpret_cast<Row*>(memory);
     const Call& call = pass.call;
@@ -149,11 +149,12 @@ __global__ void __launch_bounds__(most_threads, 2) gradient_kernel(const __grid_
     }
 }
 
+bool reads_teacher(const Combination& c) { return c.p || c.q_log_ratio || c.term_count; }
+
 template <class Out>
 cudaError_t launch_gradient(const Pass& pass, unsigned blocks, unsigned threads, void* stream) {
     const Launch launch(blocks, threads, sizeof(Row), stream);
-    const Combination& c = pass.call.combination;
-    const bool paired = c.p || c.q_log_ratio || c.term_count;
+    const bool paired = reads_teacher(pass.call.combination);
     return LL_LAUNCH(&launch.config, (paired ? gradient_kernel<Out, true> : gradient_kernel<Out, false>), pass);
 }
 
@@ -170,7 +171,7 @@ cudaError_t generic_pass(const Call& call, bool closing, int device, void* strea
 
 cudaError_t gradient_pass(const Call& call, bool closing, int device, void* stream) {
     const int quads = static_cast<int>(call.columns / 4) + 1;
-    const int threads = threads_for(quads, most_threads);
+    const int threads = threads_for(quads, most_threads_for(reads_teacher(call.combination)));
     const std::int64_t blocks = 4 * Device(device).processors;  // some more than fit at once even out their times
     const std::int64_t most_parts = (quads + group * threads - 1) / (group * threads);
     std::int64_t parts = (blocks + call.rows - 1) / call.rows;

@@ -47,20 +47,58 @@ class Definition:
     limits: Callable[..., tuple[str, tuple[float, ...]] | None] = lambda *_: None  # where another row takes over
 
 
-def _jsd(log_p: Tensor, log_q: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """q f = beta p log(p/m) + (1-beta) q log(q/m), g = (1-beta) log(q/m), m = beta p + (1-beta) q.
+def _log_mixture(log_p: Tensor, log_q: Tensor, of_p: Tensor) -> tuple[Tensor, Tensor]:
+    """(log(p/m), log(q/m)) of m = of_p p + (1 - of_p) q.
 
     With d = log p - log q, log(m / max(p, q)) = log1p(a expm1(-|d|)) where a is the weight of the smaller of the two:
     exact for p close to q, and finite wherever either is 0.
     """
     d = log_p - log_q
-    log_m = torch.log1p(torch.where(d > 0, 1 - beta, beta) * torch.expm1(-d.abs()))  # relative to the larger
-    log_p_m = d.clamp(max=0) - log_m
-    log_q_m = (-d).clamp(max=0) - log_m
+    log_m = torch.log1p(torch.where(d > 0, 1 - of_p, of_p) * torch.expm1(-d.abs()))
+    return d.clamp(max=0) - log_m, (-d).clamp(max=0) - log_m
+
+
+def _times(factor: Tensor, other: Tensor) -> Tensor:
+    """factor * other, and 0 wherever factor is 0: 0 log 0 = 0."""
+    return torch.where(factor == 0, 0, factor * other)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """q f = beta p log(p/m) + (1-beta) q log(q/m), g = (1-beta) log(q/m), m = beta p + (1-beta) q."""
+    log_p_m, log_q_m = _log_mixture(log_p, log_q, beta)
     p, q = log_p.exp(), log_q.exp()
-    p_term = torch.where(p == 0, 0, p * log_p_m)  # 0 log 0 = 0
-    q_term = torch.where(q == 0, 0, q * log_q_m)
+    p_term, q_term = _times(p, log_p_m), _times(q, log_q_m)
     return beta * p_term + (1 - beta) * q_term, (1 - beta) * q_term
+
+
+def _skew_forward_kl(log_p: Tensor, log_q: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """q f = p log(p/m) + m - p, g = (1-alpha) (1 - p/m), m = alpha p + (1-alpha) q."""
+    log_p_m, _ = _log_mixture(log_p, log_q, alpha)
+    p, q = log_p.exp(), log_q.exp()
+    return _times(p, log_p_m) + (1 - alpha) * (q - p), _times(q, -(1 - alpha) * torch.expm1(log_p_m))
+
+
+def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """q f = q log(q/m) + m - q, g = log(q/m) + alpha (1 - q/m), m = (1-alpha) p + alpha q."""
+    _, log_q_m = _log_mixture(log_p, log_q, 1 - alpha)
+    p, q = log_p.exp(), log_q.exp()
+    return _times(q, log_q_m) + (1 - alpha) * (p - q), _times(q, log_q_m - alpha * torch.expm1(log_q_m))
+
+
+def _tvd(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """q f = |p - q| / 2, g = sign(q - p) / 2."""
+    d = log_p - log_q
+    larger = torch.where(d > 0, log_p, log_q).exp()
+    return -0.5 * _times(larger, torch.expm1(-d.abs())), -0.5 * _times(log_q.exp(), d.sign())
+
+
+def _squared_hellinger(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """q f = (sqrt(p) - sqrt(q))^2 / 2, g = (1 - sqrt(p/q)) / 2."""
+    d = log_p - log_q
+    less = torch.expm1(-0.5 * d.abs())  # sqrt(smaller / larger) - 1
+    larger = torch.where(d > 0, log_p, log_q).exp()
+    root = torch.where(d > 0, 0.5 * (log_p + log_q), log_q).exp()  # sqrt(p q), or q where that is the larger
+    return 0.5 * _times(larger, less * less), 0.5 * _times(root, torch.where(d > 0, less, -less))
 
 
 TABLE: dict[str, Definition] = {
@@ -82,6 +120,26 @@ TABLE: dict[str, Definition] = {
             pointwise=_jsd,
             adjoint=lambda beta: ("jsd", (1.0 - beta,)),
             limits=lambda beta: {0.0: ("forward_kl", ()), 1.0: ("reverse_kl", ())}.get(beta),
+        ),
+        Definition(
+            "skew_forward_kl",
+            "generic",
+            parameters=(Parameter("alpha", 0.1, 0.0, 1.0),),  # the teacher's share of the mixture
+            pointwise=_skew_forward_kl,
+            adjoint=lambda alpha: ("skew_reverse_kl", (alpha,)),
+            limits=lambda alpha: {0.0: ("forward_kl", ())}.get(alpha),
+        ),
+        Definition(
+            "skew_reverse_kl",
+            "generic",
+            parameters=(Parameter("alpha", 0.1, 0.0, 1.0),),  # the student's share of the mixture
+            pointwise=_skew_reverse_kl,
+            adjoint=lambda alpha: ("skew_forward_kl", (alpha,)),
+            limits=lambda alpha: {0.0: ("reverse_kl", ())}.get(alpha),
+        ),
+        Definition("tvd", "generic", pointwise=_tvd, adjoint=lambda: ("tvd", ())),
+        Definition(
+            "squared_hellinger", "generic", pointwise=_squared_hellinger, adjoint=lambda: ("squared_hellinger", ())
         ),
     )
 }

@@ -330,20 +330,26 @@ class Collision(Term):
 class Divergence(Term):
     """A divergence D(p, q) between the teacher's distribution p and the student's q, by its name in the table.
 
-    ====================  =========================================================================================
-    forward_kl            KL(p || q): the student covers the teacher's modes (Hinton et al. 2015)
-    reverse_kl            KL(q || p): the student seeks a mode of the teacher (MiniLLM, Gu et al. 2024, equation 1)
-    symmetric_kl(weight)  (1 - weight) KL(p || q) + weight KL(q || p)
-    jsd(beta)             beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, Agarwal et al.
-                          2024, equation 1). beta = 0 is forward_kl and beta = 1 reverse_kl, as in TRL and Liger: a
-                          jump, since jsd itself goes to 0 there (jsd / beta -> forward_kl)
-    ====================  =========================================================================================
+    ======================  =======================================================================================
+    forward_kl              KL(p || q): the student covers the teacher's modes (Hinton et al. 2015)
+    reverse_kl              KL(q || p): the student seeks a mode of the teacher (MiniLLM, Gu et al. 2024, equation 1)
+    symmetric_kl(weight)    (1 - weight) KL(p || q) + weight KL(q || p)
+    jsd(beta)               beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, Agarwal et al.
+                            2024, equation 1). beta = 0 is forward_kl and beta = 1 reverse_kl, as in TRL and Liger: a
+                            jump, since jsd itself goes to 0 there (jsd / beta -> forward_kl)
+    skew_forward_kl(alpha)  KL(p || alpha p + (1 - alpha) q) (DistiLLM, Ko et al. 2024, section 3.1); forward_kl at
+                            alpha = 0
+    skew_reverse_kl(alpha)  KL(q || alpha q + (1 - alpha) p), differentiated through both places of q (the same);
+                            reverse_kl at alpha = 0
+    tvd                     total variation, sum_v |p_v - q_v| / 2 (f-distill, Wen et al. 2023)
+    squared_hellinger       1 - sum_v sqrt(p_v q_v), with no factor of 2
+    ======================  =======================================================================================
 
     Args:
         name: which.
         temperature_squared: multiply by the student's temperature squared (Hinton et al. 2015, section 2). Off, as in
             TRL, Liger, torchtune and verl; DistillKit, Model Optimizer and Automodel do it.
-        parameters: ``weight`` or ``beta`` in [0, 1], 0.5 by default.
+        parameters: ``weight`` or ``beta`` in [0, 1], 0.5 by default; ``alpha`` in [0, 1], 0.1 by default.
 
     Raises:
         ValueError: unknown name or parameter, or a parameter outside its range.
