@@ -306,3 +306,25 @@ def test_workspace_is_kept(backend: str, call: str, dtype: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= budget + (32 << 20), f"{int(done.stdout) / 2**20:.0f} MiB"
+
+
+def test_rows_split_differently_in_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels choose into how many parts they split rows, by kernel and by the number of rows."""
+    from logitless.backends import triton
+
+    if triton.PROBLEM:
+        pytest.skip(triton.PROBLEM)
+    monkeypatch.setenv("LOGITLESS_BACKEND", "triton")
+    monkeypatch.setattr(triton, "INTERPRETED_ELEMENTS", 2048)
+    parts = iter([2, 1, 2, 3, 2, 2] * 20)  # statistics alike, divergences not
+    monkeypatch.setattr(triton._kernels.configs, "parts", lambda *_: next(parts))
+    hidden, weight, teacher, targets = inputs()
+    objective = ll.CrossEntropy() + ll.Divergence("jsd")
+    outcomes = []
+    for workspace in ("auto", 40 * weight.shape[0]):
+        loss = objective(
+            ll.LinearLogits(hidden, weight), targets=targets, teacher=teacher, workspace=workspace
+        ).loss  # fmt: skip
+        outcomes.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
+    for whole, tiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-6)

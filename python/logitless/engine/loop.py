@@ -190,7 +190,7 @@ class Run:
                 )
             )
             self.student.accumulate(tile, out)
-        if len({part["max"].shape[:-1] for part in found}) > 1:
+        if len({tuple(x.shape[:-1] for x in part.values()) for part in found}) > 1:  # rows were split differently
             found = [statistics.join(part) if part["max"].dim() == 2 else part for part in found]
         accumulators = {name: torch.cat([part[name] for part in found], -1) for name in found[0]}
         if accumulators["max"].dim() == 2:
