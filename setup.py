@@ -10,6 +10,8 @@ is linked statically, and nothing of torch is: the module loads beside any torch
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,12 +20,14 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PACKAGES = {
     "logitless": "python/logitless",
     "logitless.kernels": "kernels",
 }  # a package and its folder; subpackages are found
+DATA = {"logitless": ["py.typed"], "logitless.backends": ["*.json"]}
 
 # The slowest first: ninja begins with them.
 SOURCES = ["csrc/cuda/fused.cu", "csrc/cuda/passes.cu", "csrc/bindings.cpp", "csrc/cpu/rows.cpp"]
@@ -39,9 +43,15 @@ if platform.machine() in ("x86_64", "AMD64"):
 # Contraction stays off: s = outer * z must be rounded the same way wherever it is computed.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra"
 NVCCFLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas -v --threads 2"
+FAILURES = (OSError, ImportError)  # a tool is missing, or says no
 ARCHITECTURES = "80;90;100;120"
 RUNTIME = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")  # where a toolkit has its static libraries
-LDFLAGS = {"darwin": "-bundle -undefined dynamic_lookup -Wl,-x"}.get(sys.platform, "-shared -s -pthread -ldl")
+# Nothing but the module's entry is seen from outside: another extension may have its own copy of CUDA's static runtime,
+# and templates of the standard library are visible whatever -fvisibility says.
+EXPORTS = "{ global: PyInit__C; local: *; };"
+LDFLAGS = {"darwin": "-bundle -undefined dynamic_lookup -Wl,-x -Wl,-exported_symbol,_PyInit__C"}.get(
+    sys.platform, "-shared -s -pthread -ldl -Wl,--version-script=exports.map"
+)
 
 
 class Cuda:
@@ -63,9 +73,10 @@ class Cuda:
         self.runtime = found[0].resolve()
 
     def _output(self, *arguments: str) -> str:
-        return subprocess.run(
-            [self.nvcc, *arguments], check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ).stdout
+        done = subprocess.run([self.nvcc, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise OSError(f"{self.nvcc} {arguments[0]} fails: {done.stdout.strip()}")
+        return done.stdout
 
 
 def find_cuda() -> "Cuda | None":
@@ -79,15 +90,41 @@ def find_cuda() -> "Cuda | None":
         if nvcc is None:
             raise FileNotFoundError("nvcc is neither in CUDA_HOME nor on the PATH nor in /usr/local/cuda")
         return Cuda(nvcc)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except OSError as error:
         if wanted == "1":
             raise RuntimeError(f"LOGITLESS_CUDA=1: {error}") from error
-        print(f"logitless: without CUDA kernels ({error})", file=sys.stderr)
+        print(f"{'WARNING: ' if nvcc else ''}logitless: without CUDA kernels ({error})", file=sys.stderr)
         return None
+
+
+def escaped(path: Path) -> str:
+    """A path in a build statement of ninja, which then quotes it for the shell."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def remove_old_extension() -> None:
+    """An editable install loads the extension from the source tree, also one that an earlier build left there."""
+    (ROOT / "python/logitless" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+
+
+class FreshBuild(build_py):
+    """Without what an earlier build left behind: modules since removed, and an extension that now fails to build."""
+
+    def run(self) -> None:
+        if self.editable_mode:
+            remove_old_extension()
+        else:
+            shutil.rmtree(Path(self.build_lib) / "logitless", ignore_errors=True)
+        super().run()
 
 
 class NinjaBuild(build_ext):
     """One build.ninja for the extension: parallel, and incremental through the compiler's dependency files."""
+
+    def run(self) -> None:
+        if self.inplace:
+            remove_old_extension()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -95,14 +132,13 @@ class NinjaBuild(build_ext):
         if cuda is not None:
             try:
                 return self._ninja(ext, target, cuda)
-            except (OSError, subprocess.CalledProcessError) as error:
+            except FAILURES as error:
                 if os.environ.get("LOGITLESS_CUDA") == "1":
                     raise RuntimeError(f"LOGITLESS_CUDA=1: {error}") from error
                 print(f"WARNING: logitless: the CUDA kernels were not built ({error})", file=sys.stderr)
         try:
             self._ninja(ext, target, None)
-        except (OSError, subprocess.CalledProcessError) as error:
-            (ROOT / "python" / self.get_ext_filename(ext.name)).unlink(missing_ok=True)  # an older one would be loaded
+        except FAILURES as error:
             print(
                 f"WARNING: logitless: the C++ kernels were not built ({error}); "
                 "the package works without them, on its slower torch backend",
@@ -117,8 +153,8 @@ class NinjaBuild(build_ext):
         for tool, found in {"a C++ compiler": compiler, "ninja": ninja}.items():
             if not found:
                 raise FileNotFoundError(f"{tool} is not on the PATH")
-        includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        flags = " ".join([CXXFLAGS, os.environ.get("CXXFLAGS", ""), *(f"-isystem {path}" for path in includes)])
+        includes = [f"-isystem {shlex.quote(path)}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
+        flags = " ".join([CXXFLAGS, os.environ.get("CXXFLAGS", ""), *includes])
         lines = [
             f"rule compile\n  command = {compiler} {flags} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
@@ -126,31 +162,35 @@ class NinjaBuild(build_ext):
             "  description = $out",
         ]
         if cuda:  # what ptxas says of registers and spills is kept: a test reads it
-            command = f"{cuda.nvcc} {cuda.flags} -ccbin {compiler} -MD -MF $out.d -c $in -o $out > $out.report 2>&1"
+            host = f"-ccbin {compiler}" if len(compiler.split()) == 1 else ""  # "ccache g++" is no program
+            command = f"{shlex.quote(cuda.nvcc)} {cuda.flags} {host} -MD -MF $out.d -c $in -o $out > $out.report 2>&1"
             lines += [
                 f"rule cuda\n  command = {command} || {{ cat $out.report; false; }}",
                 "  depfile = $out.d\n  deps = gcc\n  description = $out",
             ]
         objects = []
         for source in ext.sources:
+            path = escaped(ROOT.resolve() / source)
             if source.endswith(".cu"):
                 if cuda:
                     objects.append(f"cuda-{Path(source).stem}.o")
-                    lines.append(f"build {objects[-1]}: cuda {ROOT.resolve() / source}")
+                    lines.append(f"build {objects[-1]}: cuda {path}")
                 continue
             copies = COPIES if source == "csrc/cpu/rows.cpp" else {"": "-DLL_CUDA" if cuda else ""}
             for copy, copy_flags in copies.items():
                 objects.append("-".join(filter(None, (Path(source).stem, copy))) + ".o")
                 define = f"-DLL_COPY={copy}" if copy else ""
-                lines.append(f"build {objects[-1]}: compile {ROOT.resolve() / source}\n  flags = {copy_flags} {define}")
-        libraries = f"{cuda.runtime} -lrt -Wl,--exclude-libs,ALL" if cuda else ""
-        lines.append(f"build {target}: link {' '.join(objects)}\n  libraries = {libraries}\n")
+                lines.append(f"build {objects[-1]}: compile {path}\n  flags = {copy_flags} {define}")
+        libraries = f"{shlex.quote(str(cuda.runtime))} -lrt" if cuda else ""
+        lines.append(f"build {escaped(target)}: link {' '.join(objects)} | exports.map\n  libraries = {libraries}\n")
         # Not self.build_temp: an editable install makes a new one each time, and nothing would be incremental.
         folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "exports.map").write_text(EXPORTS)
         (folder / "build.ninja").write_text("\n".join(lines))
-        subprocess.run([ninja, "-C", str(folder)], check=True)
+        if subprocess.run([ninja, "-C", str(folder)]).returncode:
+            raise OSError("a compiler failed; what it says is above")
 
 
 setup(
@@ -160,8 +200,9 @@ setup(
         for package in [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
     ],
     package_dir=PACKAGES,
+    package_data=DATA,
     ext_modules=(
         [] if os.environ.get("LOGITLESS_NO_EXTENSION") == "1" else [Extension("logitless._C", SOURCES, optional=True)]
     ),
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_py": FreshBuild, "build_ext": NinjaBuild},
 )
