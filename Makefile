@@ -3,6 +3,10 @@
 # make bench       the benchmarks
 # make gpu         on a machine with an NVIDIA GPU (no network needed): tests there, then measurements; with the python3
 #                  that has torch, or PYTHON=...; GPU_ARGS="--only losses" for a part
+# make wheel       a source distribution and a wheel with the CUDA kernels, checked, into dist/ (emptied before); needs nvcc
+# make wheel-compat TORCH_VERSIONS="2.8.0 2.14.0"
+#                  by hand, after make wheel: the wheel beside other torch versions. Each is downloaded: gigabytes, unless
+#                  PIP_INDEX_URL or PIP_FIND_LINKS leads to CPU builds
 # make lint        style
 # make clean       removes what was built, and results of the demo; the environment stays
 #
@@ -14,16 +18,18 @@ BASE_PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 GPU_ARGS ?=
+CUDA_ARCHS ?= 80;90;100;120
+TORCH_VERSIONS ?= 2.13.0
 
-.PHONY: demo test test-all bench gpu gpu-run lint clean package
+.PHONY: demo test test-all bench gpu gpu-run wheel wheel-compat lint clean package
 .DEFAULT_GOAL := test
 # Two pips at once in one environment do not go well.
 .NOTPARALLEL:
 
 PIP = $(PYTHON) -m pip install --disable-pip-version-check --quiet
 # Neither build isolation nor dependencies: both would look for a torch, or another version of a pinned tool.
-INSTALL_PACKAGE = PATH="$(abspath $(dir $(shell command -v $(PYTHON) || echo $(PYTHON)))):$$PATH" \
-    $(PIP) --no-deps --no-build-isolation --editable .
+TOOLS_PATH = PATH="$(abspath $(dir $(shell command -v $(PYTHON) || echo $(PYTHON)))):$$PATH"
+INSTALL_PACKAGE = $(TOOLS_PATH) $(PIP) --no-deps --no-build-isolation --editable .
 # setup.py goes on without the extension where it does not compile; from a source tree that should not pass unnoticed.
 CHECK_EXTENSION = @$(PYTHON) -c "import logitless._C" || \
     { echo "The C++ kernels were not built: is there a C++17 compiler? See: $(PYTHON) -m pip install -v --no-deps -e ."; exit 1; }
@@ -33,8 +39,8 @@ ifdef PYTHON
 package:
 	$(INSTALL_PACKAGE)
 	$(CHECK_EXTENSION)
-test-tools demo-tools lint-tools:
-.PHONY: test-tools demo-tools lint-tools
+test-tools demo-tools wheel-tools lint-tools:
+.PHONY: test-tools demo-tools wheel-tools lint-tools
 
 else
 
@@ -72,8 +78,9 @@ $(STAMPS)/package: setup.py pyproject.toml $(shell find csrc -type f) $(STAMPS)/
 package: $(STAMPS)/package
 test-tools: $(STAMPS)/test
 demo-tools: $(STAMPS)/demo $(STAMPS)/teacher
+wheel-tools: $(STAMPS)/build $(STAMPS)/wheel
 lint-tools: $(STAMPS)/lint
-.PHONY: test-tools demo-tools lint-tools
+.PHONY: test-tools demo-tools wheel-tools lint-tools
 
 endif
 
@@ -103,11 +110,27 @@ gpu:
 gpu-run: package
 	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
+# The egg-info goes first: files that it lists would be in the source distribution whatever MANIFEST.in says.
+wheel: wheel-tools
+	rm -rf dist build/wheel *.egg-info
+	$(TOOLS_PATH) LOGITLESS_CUDA=1 LOGITLESS_CUDA_ARCHS="$(CUDA_ARCHS)" \
+	    $(PYTHON) -m build --no-isolation --sdist --wheel --outdir build/wheel .
+	$(TOOLS_PATH) $(PYTHON) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	$(TOOLS_PATH) $(PYTHON) tests/check_wheel.py dist/*.whl dist/*.tar.gz --architectures "$(CUDA_ARCHS)"
+
+wheel-compat:
+	set -e; for version in $(TORCH_VERSIONS); do \
+	    $(BASE_PYTHON) -m venv --clear build/compat; \
+	    build/compat/bin/python -m pip install --disable-pip-version-check --quiet "torch==$$version" dist/*.whl; \
+	    build/compat/bin/python -I tests/check_wheel.py --losses; \
+	done
+
 lint: lint-tools
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
 clean:
-	rm -rf build *.egg-info python/*.egg-info python/logitless/_C*.so distill-results $(VENV)/stamps/package
+	rm -rf build dist *.egg-info python/*.egg-info python/logitless/_C*.so distill-results $(VENV)/stamps/package
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find python tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
