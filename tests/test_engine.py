@@ -315,13 +315,15 @@ def test_rows_split_differently_in_every_tile(monkeypatch: pytest.MonkeyPatch) -
     if triton.PROBLEM:
         pytest.skip(triton.PROBLEM)
     monkeypatch.setenv("LOGITLESS_BACKEND", "triton")
-    monkeypatch.setattr(triton, "INTERPRETED_ELEMENTS", 2048)
+    monkeypatch.setattr(triton, "INTERPRETED_ELEMENTS", 128)
     parts = iter([2, 1, 2, 3, 2, 2] * 20)  # statistics alike, divergences not
     monkeypatch.setattr(triton._kernels.configs, "parts", lambda *_: next(parts))
     hidden, weight, teacher, targets = inputs()
+    hidden, targets = hidden[:9].detach().requires_grad_(), targets[:9]
+    teacher = ll.LinearLogits(teacher.hidden[:9], teacher.weight)
     objective = ll.CrossEntropy() + ll.Divergence("jsd")
     outcomes = []
-    for workspace in ("auto", 40 * weight.shape[0]):
+    for workspace in ("auto", 32 * weight.shape[0]):
         loss = objective(
             ll.LinearLogits(hidden, weight), targets=targets, teacher=teacher, workspace=workspace
         ).loss  # fmt: skip
