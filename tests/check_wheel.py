@@ -174,6 +174,7 @@ def losses(under: str) -> None:
 
     warnings.filterwarnings("error", module="logitless")
     warnings.filterwarnings("error", message="logitless")
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 
     import logitless
