@@ -43,6 +43,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 def _runs_on(index: int) -> bool:
     problem = _kernels.problem(index)
     if problem is not None:
+        if "insufficient" in problem:  # CUDA's own words for an old driver name no version
+            problem += "; a newer NVIDIA driver is needed, or a build with an older CUDA"
         warnings.warn(
             f"logitless: the CUDA kernels cannot run on cuda:{index} ({problem}); another backend serves instead",
             RuntimeWarning,
