@@ -54,7 +54,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.lru_cache
 def processors(index: int | None) -> int:
-    """Multiprocessors of a GPU; an interpreter has as many as tests want rows split."""
+    """Multiprocessors of a GPU; 1 for the interpreter."""
     return 1 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
@@ -100,11 +100,6 @@ def _sides(student: Chunk, teacher: Chunk | None) -> tuple[list, dict[str, bool]
     return arguments, flags
 
 
-def _stack(*numbers: Tensor) -> Tensor:
-    """[K, rows] float32."""
-    return torch.stack(numbers)
-
-
 def _given(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if tensor is None else tensor.contiguous()
 
@@ -128,7 +123,7 @@ def _statistics(student, teacher, targets, weights, wanted) -> tuple[list[str], 
     rows, columns = student.z.shape
     device = student.z.device
     sides, flags = _sides(student, teacher)
-    outer = student.outer.contiguous() if teacher is None else _stack(student.outer, teacher.outer)
+    outer = student.outer.contiguous() if teacher is None else torch.stack([student.outer, teacher.outer])
 
     def run(config):
         parts, width = _parts(rows, columns, config, device)
@@ -208,7 +203,7 @@ def product_statistics(
             arguments += [side.hidden, side.hidden.stride(0), side.weight, side.weight.stride(0), bias]
             arguments += [0.0 if side.inner is None else side.inner, side.hidden.shape[1]]
             flags |= {f"{name}_BIAS": side.bias is not None, f"{name}_CAPPED": side.inner is not None}
-        outer = student.outer.contiguous() if teacher is None else _stack(student.outer, teacher.outer)
+        outer = student.outer.contiguous() if teacher is None else torch.stack([student.outer, teacher.outer])
         with _on(device):
             _kernels.product.product_statistics[-(-rows // tile.rows), parts](
                 *arguments,
@@ -247,7 +242,9 @@ def generic(
 ) -> tuple[Tensor, Tensor]:
     """(sum_j q_j f_j, sum_j q_j g_j) per row, float64."""
     n = normalizers
-    numbers = _stack(student.outer, n.max, n.log_sum, teacher.outer, n.teacher_max, n.teacher_log_sum, *parameters)
+    numbers = torch.stack(
+        [student.outer, n.max, n.log_sum, teacher.outer, n.teacher_max, n.teacher_log_sum, *parameters]
+    )
     value, slope = _generic(student, teacher, numbers, definition, 6).sum(1)
     return value, slope
 
@@ -296,7 +293,7 @@ def gradient(
     numbers += [combination.coefficients[name] for name in BASIS if name in combination.coefficients]
     for _, parameters, c in combination.generic:
         numbers += [c, *parameters]
-    _gradient(student, teacher, _stack(*numbers), combination, combination.coefficients, out)
+    _gradient(student, teacher, torch.stack(numbers), combination, combination.coefficients, out)
 
 
 def _places(combination: Combination) -> tuple[int, ...]:
@@ -369,7 +366,7 @@ def fused(
         numbers += [coefficient, *parameters]
     zero = torch.zeros_like(unset) if "q" not in c or "q_lse" not in c else None
     open_q = len(numbers)
-    numbers = _stack(*numbers, c.get("q", zero), c.get("q_lse", zero))
+    numbers = torch.stack([*numbers, c.get("q", zero), c.get("q_lse", zero)])
     _close(names, accumulators, numbers, open_q, given, teacher is not None, None, ())
     if combination.generic:
         places = _places(combination)
