@@ -7,9 +7,8 @@
 
 #pragma once
 
-#include <cstring>
-
 #include "elementary.h"
+#include "list.h"
 
 namespace logitless {
 namespace {
@@ -18,14 +17,6 @@ namespace {
 template <class T>
 struct Pointwise {
     T value, slope;
-};
-
-// What is given for a row: of arrays with one number per row. A null pointer is one not given, which nobody looks at.
-struct Parameters {
-    const float* const* arrays;
-    std::int64_t row;
-
-    LL_FUNCTION float operator[](int i) const { return arrays[i] ? arrays[i][row] : 0.0f; }
 };
 
 // log(p/m) and log(q/m) of m = of_p p + of_q q, of_p + of_q = 1.
@@ -231,34 +222,6 @@ struct LogSum {
         const T x = times(T(a), log_p) + times(T(b), log_q);
         const T summand = select(max(log_p, log_q) == nothing, nothing, x);
         return {summand, select(summand == nothing, T(0.0f), T(b) * exp(summand - T(log_sum)))};
-    }
-};
-
-// Functors by number.
-template <class... Functors>
-struct List {
-    template <class... More>
-    using With = List<Functors..., More...>;
-
-    static constexpr int size = sizeof...(Functors);
-    static constexpr int most_parameters = [] {
-        int most = 1;
-        ((most = Functors::parameters > most ? Functors::parameters : most), ...);
-        return most;
-    }();
-
-    // Calls visitor(functor) with the functor number `index`, made for a row.
-    template <class Visitor>
-    static LL_FUNCTION void visit(int index, Parameters of, Visitor visitor) {
-        int i = 0;
-        (void)((i++ == index && (visitor(Functors(of)), true)) || ...);
-    }
-
-    // A name's number, or -1.
-    static int find(const char* name) {
-        int index = -1, i = 0;
-        ((index = std::strcmp(name, Functors::name) == 0 ? i : index, ++i), ...);
-        return index;
     }
 };
 

@@ -92,14 +92,9 @@ LL_FUNCTION T expm1(T x) {
     return fma(e.power, e.excess, e.power - T(1.0f));
 }
 
-// For -1 < x < 2^126; -88 at -1.
-template <class T>
-LL_FUNCTION T log1p(T x) {
-    // 1 + x = 2^k (1 + m) with 1 + m in [2/3, 4/3): k from the rounded sum, m from x itself, so that no digit is lost.
-    const T u = T(1.0f) + x;
-    const auto exponent = (as_int(u) - 0x3f2aaaab) & ~0x7fffff;
-    const T power = as_float(0x3f800000 - exponent);  // 2^-k
-    const T m = fma(x, power, power - T(1.0f));
+// log(2^k (1 + m)), 1 + m in [2/3, 4/3), from k << 23.
+template <class T, class Bits>
+LL_FUNCTION T log_of(Bits exponent, T m) {
     T p = T(-0x1.080568p-3f);  // minimax for (log(1 + m) - m + m^2/2) / m^3, relative to log(1 + m): 4.6e-9
     p = fma(p, m, T(0x1.1e660ap-3f));
     p = fma(p, m, T(-0x1.f3111ep-4f));
@@ -110,6 +105,23 @@ LL_FUNCTION T log1p(T x) {
     p = fma(p, m, T(0x1.555506p-2f));
     p = fma(p, m, T(-0.5f));
     return fma(to_float(exponent >> 23), T(0x1.62e430p-1f), fma(p * m, m, m));
+}
+
+// For -1 < x < 2^126; -88 at -1.
+template <class T>
+LL_FUNCTION T log1p(T x) {
+    // 1 + x = 2^k (1 + m): k from the rounded sum, m from x itself, so that no digit is lost.
+    const T u = T(1.0f) + x;
+    const auto exponent = (as_int(u) - 0x3f2aaaab) & ~0x7fffff;
+    const T power = as_float(0x3f800000 - exponent);  // 2^-k
+    return log_of(exponent, fma(x, power, power - T(1.0f)));
+}
+
+// For normal x < 2^126.
+template <class T>
+LL_FUNCTION T log(T x) {
+    const auto exponent = (as_int(x) - 0x3f2aaaab) & ~0x7fffff;
+    return log_of(exponent, x * as_float(0x3f800000 - exponent) - T(1.0f));
 }
 
 template <class T>

@@ -1,9 +1,9 @@
 // What the formulas of csrc/math ask of a number type T, stated for float.
 //
 // Formulas are templates on T: float on a GPU or in a scalar loop, a whole vector (csrc/cpu/simd.h) in a CPU kernel.
-// T is constructed from float, has + - *, unary -, the comparisons > and == (which give a mask), and the functions
-// below. Everything has internal linkage: one source is compiled once per instruction set, and the linker must never
-// take one copy's function for another's.
+// T is constructed from float, has + - * /, unary -, the comparisons > and == (which give a mask, that has & | !), and
+// the functions below. Everything has internal linkage: one source is compiled once per instruction set, and the linker
+// must never take one copy's function for another's.
 
 #pragma once
 

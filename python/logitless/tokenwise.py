@@ -18,6 +18,7 @@ from logitless.engine.autograd import autograd
 from logitless.engine.problem import register_term
 from logitless.engine.statistics import Coefficients, RowContext
 from logitless.logits import Logits, check_token_shape
+from logitless.ops.loss import LossResult
 from logitless.terms import Entropy, LogProb, LogSumExp, Summand, Term
 
 STATISTICS: dict[str, Term] = {"logprob": LogProb(), "entropy": Entropy(), "lse": LogSumExp()}
@@ -57,6 +58,10 @@ class Tokenwise(Summand):
         """[N] the loss that they make."""
         raise NotImplementedError
 
+    def check_denominator(self, denominator: float | Tensor | None) -> None:
+        """Raises TypeError or ValueError where it cannot take it."""
+        raise NotImplementedError
+
     def weights(self, tokens, denominator: float | Tensor | None) -> Tensor:
         """[N] with ``loss = (weights * total).sum()``."""
         raise NotImplementedError
@@ -64,6 +69,16 @@ class Tokenwise(Summand):
     def metrics(self, tokens) -> dict[str, Tensor]:
         """0-d each, from inputs and statistics."""
         raise NotImplementedError
+
+    def evaluate(self, tokens, denominator: float | Tensor | None) -> LossResult:
+        """Loss, terms and metrics of tokens that have their statistics."""
+        weight = self.weights(tokens, denominator)
+        losses = self.losses(tokens)
+        return LossResult(
+            _sum(weight, self.total(losses)),
+            {name: _sum(weight, loss.detach()) for name, loss in losses.items()},
+            self.metrics(tokens),
+        )
 
 
 @register_term
@@ -123,19 +138,17 @@ class TokenwiseTerm(Term):
 class Gathered:
     """The tokenwise objectives of a call, prepared."""
 
-    objectives: dict[
-        int, tuple[float, Tokenwise, object, Tensor]
-    ]  # by place in the sum: (factor, objective, tokens, weights)
-    shape: torch.Size
+    objectives: dict[int, tuple[float, Tokenwise, object]]  # by place in the sum: (factor, objective, tokens)
+    denominator: float | Tensor | None
 
     @property
     def row_local(self) -> bool:
-        return all(o.row_local and o.statistics <= STATISTICS.keys() for _, o, _, _ in self.objectives.values())
+        return all(o.row_local and o.statistics <= STATISTICS.keys() for _, o, _ in self.objectives.values())
 
     @property
     def names(self) -> list[str]:
         """Statistics of the student that are read, log-probabilities always: for metrics."""
-        wanted = frozenset().union(*(o.statistics for _, o, _, _ in self.objectives.values()))
+        wanted = frozenset().union(*(o.statistics for _, o, _ in self.objectives.values()))
         return ["logprob", *sorted((wanted & STATISTICS.keys()) - {"logprob"})]
 
     @property
@@ -145,9 +158,10 @@ class Gathered:
     def placed(self, terms: list, place, local: bool) -> list[Term]:
         """The terms of the sum with engine terms for the objectives: those themselves, or log-probabilities."""
         placed = list(terms)
-        for i, (_, objective, tokens, weights) in self.objectives.items():
+        for i, (_, objective, tokens) in self.objectives.items():
             placed[i] = STATISTICS["logprob"]
             if local:
+                weights = objective.weights(tokens, self.denominator)
                 places = tuple([(name, place(values)) for name, values in tokens.values.items()])
                 mask, weight = place(tokens.mask), place(weights)
                 placed[i] = TokenwiseTerm(objective.key, places, mask, weight)
@@ -171,15 +185,14 @@ class Gathered:
             if i not in self.objectives:
                 by_term[_unused(name, by_term)] = value
                 continue
-            factor, objective, tokens, weights = self.objectives[i]
-            tokens = tokens.with_values(**{name: torch.where(tokens.mask, x, 0) for name, x in statistics.items()})
+            factor, objective, tokens = self.objectives[i]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not local):
-                losses = objective.losses(tokens)
-                if not local:
-                    loss = loss + factor * _sum(weights, objective.total(losses))
-            for key, value in losses.items():
-                by_term[_unused(key, by_term)] = _sum(weights, value.detach())
-            for key, value in objective.metrics(tokens).items():
+                found = objective.evaluate(tokens.with_given(**statistics), self.denominator)
+            if not local:
+                loss = loss + factor * found.loss
+            for key, value in found.terms.items():
+                by_term[_unused(key, by_term)] = value
+            for key, value in found.metrics.items():
                 metrics = metrics | {_unused(key, metrics) if key != "tokens" else key: value}
         return loss, by_term, metrics
 
@@ -199,15 +212,16 @@ def gathered(
     if mask is not None:
         check_token_shape("mask", mask, student)
         live = live & (mask != 0)
-    like = torch.zeros(
+    like = torch.empty(
         student.shape, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32, device=student.device
     )
     found = {}
     for i, (factor, objective) in enumerate(summands):
         if isinstance(objective, Tokenwise):
             tokens = objective.prepare(inputs, like=like, mask=live, cu_seqlens=cu_seqlens)
-            found[i] = (float(factor), objective, tokens, objective.weights(tokens, denominator))
-    return Gathered(found, student.shape)
+            objective.check_denominator(denominator)
+            found[i] = (float(factor), objective, tokens)
+    return Gathered(found, denominator)
 
 
 def _sum(weights: Tensor, loss: Tensor) -> Tensor:

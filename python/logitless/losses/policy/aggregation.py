@@ -13,7 +13,7 @@ from torch import Tensor
 
 from logitless.logits import check_number
 from logitless.losses.checks import check_choice
-from logitless.losses.policy.inputs import Tokens
+from logitless.losses.policy.inputs import Slots, Tokens
 
 MODES = {
     "token-sum": "tokens",
@@ -69,9 +69,9 @@ class Aggregation:
 
     def weights(self, tokens: Tokens, denominator: float | Tensor | None = None) -> Tensor:
         """[T] the weight of every token's loss, 0 where masked; includes the input "weights"."""
-        self._check(denominator)
+        self.check(denominator)
         weights = tokens.mask.to(tokens.dtype)
-        if "weights" in tokens.values:
+        if "weights" in tokens:
             weights = weights * tokens["weights"]
         if self.mode == "token-sum":
             return weights
@@ -81,6 +81,20 @@ class Aggregation:
             denominator = self._own_denominator(tokens)
         return weights / (denominator if self.norm is None else denominator * self.norm)
 
+    def described(self, slots: Slots, denominator: float | Tensor | None = None) -> tuple[dict, Tensor | None]:
+        """(what a recipe says of the weights, a denominator that is a tensor)."""
+        self.check(denominator)
+        found = {"weights": slots("weights")} if "weights" in slots.tokens else {}
+        found["sequence_mean"] = self.mode == "seq-mean-token-mean"
+        if self.mode == "token-sum":
+            return found, None
+        scale = 1.0 if self.norm is None else 1 / self.norm
+        if isinstance(denominator, Tensor):
+            return {**found, "denominator": "given", "scale": scale}, denominator
+        if denominator is None and not (self.sequences and self.count_empty):
+            return {**found, "denominator": MODES[self.mode], "scale": scale}, None
+        return {**found, "scale": scale / (denominator or max(slots.tokens.segments.count, 1))}, None
+
     def _own_denominator(self, tokens: Tokens) -> Tensor | int:
         if not self.sequences:
             return tokens.mask.sum().clamp(min=1)
@@ -88,7 +102,8 @@ class Aggregation:
             return max(tokens.segments.count, 1)
         return (tokens.segments.lengths > 0).sum().clamp(min=1)
 
-    def _check(self, denominator: object) -> None:
+    def check(self, denominator: object) -> None:
+        """Raises ValueError or TypeError where the mode does not take it."""
         if denominator is None:
             if self.mode == "dapo":
                 raise ValueError("denominator: aggregation 'dapo' needs the number of tokens of the whole batch")

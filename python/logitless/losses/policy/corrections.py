@@ -8,15 +8,16 @@ surrogate alone, not the KL penalty.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
 from logitless.logits import check_number
 from logitless.losses.checks import check_choice
-from logitless.losses.policy.inputs import LARGEST_LOG, Part, Tokens, check_optional
+from logitless.losses.policy.inputs import LARGEST_LOG, Part, Slots, Tokens, check_optional
 from logitless.losses.policy.penalties import ESTIMATORS
+from logitless.ops.tokens import recipe
 
 LEVELS = ("token", "sequence", "geometric")
 REDUCTIONS = ("token", "seq_sum", "seq_mean", "seq_max")
@@ -33,6 +34,7 @@ class _Correction(Part):
 class _RolloutCorrection(_Correction):
     """What the two below share: what they compare the rollout with, and when that is known."""
 
+    _: KW_ONLY
     against: str = "old_logprob"
 
     def __post_init__(self) -> None:
@@ -104,6 +106,21 @@ class ImportanceCorrection(_RolloutCorrection):
             weight = weight / mean.clamp(min=torch.finfo(weight.dtype).tiny)
         return weight if self.level == "token" else segments.spread(weight)
 
+    def described(self, slots: Slots) -> recipe.Factor | None:
+        if self.normalize:  # a mean of the batch
+            return None
+        low, high = recipe.bounds(self.low, self.high)
+        return recipe.Factor(
+            "importance",
+            slots(self.against),
+            slots("rollout_logprob"),
+            {"token": "token", "sequence": "sum", "geometric": "mean"}[self.level],
+            self.mode == "mask",
+            max(low, 0.0),
+            high,
+            LARGEST_LOG if self.bound is None else self.bound,
+        )
+
 
 @dataclass(frozen=True)
 class Rejection(_RolloutCorrection):
@@ -111,7 +128,8 @@ class Rejection(_RolloutCorrection):
 
     The estimate per token is k1 = -w, k2 = w^2 / 2 or k3 = e^w - 1 - w; ``over`` says whether it is held against the
     bounds token by token, or its sum, mean or maximum over the sequence. Several rejections in one objective multiply:
-    all must hold.
+    all must hold. verl takes what it rejects out of the mask, so out of penalties and denominators too; its bounds of
+    k1 are of e^k1.
     """
 
     estimate: str = "k3"
@@ -143,6 +161,11 @@ class Rejection(_RolloutCorrection):
         low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
         return ((k >= low) & (k <= high)).to(k.dtype)
 
+    def described(self, slots: Slots) -> recipe.Factor:
+        over, (low, high) = self.over.removeprefix("seq_"), recipe.bounds(self.low, self.high)
+        first, rollout = slots(self.against), slots("rollout_logprob")
+        return recipe.Factor(f"rejection_{self.estimate}", first, rollout, over, low=low, high=high)
+
 
 @dataclass(frozen=True)
 class Opsm(_Correction):
@@ -166,6 +189,9 @@ class Opsm(_Correction):
         gap = tokens.segments.mean(tokens["rollout_logprob"] - tokens["logprob"].detach())
         keep = (tokens["advantages"] >= 0) | tokens.segments.spread(gap <= self.threshold)
         return keep.to(gap.dtype)
+
+    def described(self, slots: Slots) -> recipe.Factor:
+        return recipe.Factor("opsm", slots("logprob"), slots("rollout_logprob"), high=self.threshold)
 
 
 def tis(high: float = 2.0, level: str = "token", **options) -> ImportanceCorrection:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from logitless.logits import check_constant, check_floating, check_number
-from logitless.losses.policy.segments import Segments
+from logitless.losses.policy.segments import Segments, once
 
 STATISTICS = ("logprob", "entropy", "lse", "masked_logprob", "masked_entropy")  # of the policy's rows: differentiable
 LARGEST_LOG = 80.0  # e^80 is finite in float32
@@ -18,25 +18,66 @@ LARGEST_LOG = 80.0  # e^80 is finite in float32
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The tokens of one call, flat [T] in one floating type. ``tokens["old_logprob"]`` is detached ``logprob`` where
-    none was given: on-policy."""
+    """The tokens of one call, by name: flat [T] in one floating type, 0 where masked, made when they are first read.
+    Kernels take them as they were given. ``tokens["old_logprob"]`` is detached ``logprob`` where none was given:
+    on-policy."""
 
-    values: Mapping[str, Tensor]
-    mask: Tensor  # [T] bool
+    given: Mapping[str, Tensor]  # [T] or, per sequence, [B, 1], of any type
+    given_mask: Tensor | None  # [T] bool; None: all
+    size: int  # T
+    device: torch.device
     dtype: torch.dtype
     segments: Segments | None
+    later: Mapping[str, Callable[[Tokens], Tensor]] = field(default_factory=dict)  # others, computed when first read
+    made: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Tensor], mask: Tensor, dtype: torch.dtype) -> Tokens:
+        """From values as they are when made, without sequences."""
+        return cls({}, mask, mask.numel(), mask.device, dtype, None, made=dict(values))
+
+    @once
+    def mask(self) -> Tensor:
+        """[T] bool."""
+        if self.segments is not None:
+            return self.segments.mask
+        if self.given_mask is not None:
+            return self.given_mask
+        return torch.ones(self.size, dtype=torch.bool, device=self.device)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.made or name in self.given or name in self.later
 
     def __getitem__(self, name: str) -> Tensor:
-        if name == "old_logprob" and name not in self.values:
-            return self.values["logprob"].detach()
-        return self.values[name]
+        if name == "old_logprob" and name not in self:
+            return self["logprob"].detach()
+        if name not in self.made and name in self.later:
+            self.made[name] = self.later[name](self)
+        elif name not in self.made:
+            x = self.given[name].to(self.dtype)
+            x = self.segments.spread(x[:, 0]) if x.dim() == 2 else x
+            self.made[name] = torch.where(self.mask, x, 0)
+        return self.made[name]
+
+    def raw(self, name: str) -> Tensor:
+        """As it was given: [T] or [B, 1], of any type, whatever where masked."""
+        return self.given[name] if name in self.given else self[name]
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        return {name: self[name] for name in {**self.given, **self.later, **self.made}}
 
     def with_values(self, **values: Tensor) -> Tokens:
-        return replace(self, values={**self.values, **values})
+        """With more, or other, values as they are when made."""
+        return replace(self, made=self.made | values)
+
+    def with_given(self, **given: Tensor) -> Tokens:
+        return replace(self, given={**self.given, **given}, made=dict(self.made))
 
     def rows(self, index: slice) -> Tokens:
         """Some of the tokens, for objectives that are row-local: sequences are lost."""
-        return Tokens({name: x[index] for name, x in self.values.items()}, self.mask[index], self.dtype, None)
+        return Tokens.of({name: x[index] for name, x in self.values.items()}, self.mask[index], self.dtype)
 
     @property
     def log_ratio(self) -> Tensor:
@@ -51,9 +92,33 @@ class Tokens:
         return self.sum(x) / self.mask.sum().clamp(min=1)
 
 
+class Slots:
+    """Inputs of a recipe in the making (:mod:`logitless.ops.tokens.recipe`): slots of named inputs and made ones."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.tokens = tokens
+        self.inputs = {"logprob": tokens.raw("logprob")}
+
+    def __call__(self, name: str) -> int:
+        """The slot of an input; of ``old_logprob`` that of ``logprob`` where none was given."""
+        if name == "old_logprob" and name not in self.tokens:
+            return 0
+        self.inputs.setdefault(name, self.tokens.raw(name))
+        return list(self.inputs).index(name)
+
+    def made(self, x: Tensor) -> int:
+        """The slot of numbers [T] without gradient that torch computes beforehand, since no kernel does."""
+        self.inputs[f"made {len(self.inputs)}"] = x
+        return len(self.inputs) - 1
+
+
 @dataclass(frozen=True)
 class Part:
-    """A piece of an objective: options, and a pure function of :class:`Tokens`."""
+    """A piece of an objective: options, and a pure function of :class:`Tokens`.
+
+    A class that has a ``described(slots)`` of its own says by it what it is in a recipe, or None where a recipe has no
+    words for it; one that inherits it or has none is not known to the kernels.
+    """
 
     row_local: ClassVar[bool] = True  # a token's value depends on that token's own inputs alone
     fixed: ClassVar[bool] = False  # depends on constant inputs alone, so is known before the forward pass
@@ -96,22 +161,19 @@ def prepare(
     """
     if like.dim() not in (1, 2):
         raise ValueError(f"logprob: needs the shape [T] (packed) or [B, T] (padded), got {list(like.shape)}")
-    if mask is None:
-        flat_mask = torch.ones(like.numel(), dtype=torch.bool, device=like.device)
-    else:
+    flat_mask = None
+    if mask is not None:
         _check_shape("mask", mask, like, per_sequence=None)
-        flat_mask = mask.reshape(-1) != 0
+        flat_mask = (mask if mask.dtype == torch.bool else mask != 0).reshape(-1)
     segments = None
     if like.dim() == 2:
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens: is for packed tokens [T]; padded [B, T] take a mask")
-        segments = Segments.padded(*like.shape, flat_mask)
+        segments = Segments.padded(*like.shape, flat_mask, like.device)
     elif cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, like)
-        segments = Segments.packed(cu_seqlens, flat_mask)
-        flat_mask = segments.mask
-    kind = torch.float64 if like.dtype == torch.float64 else torch.float32
-    values = {}
+        segments = Segments.packed(cu_seqlens, like.numel(), flat_mask)
+    flat = {}
     for name, x in given.items():
         if x is None:
             continue
@@ -121,10 +183,9 @@ def prepare(
         else:
             _check_shape(name, x, like, per_sequence=None if segments is None else segments.count)
             check_constant(name, x)
-        x = x.to(kind)
-        x = x.reshape(-1) if x.shape == like.shape else segments.spread(x)
-        values[name] = torch.where(flat_mask, x, 0)
-    return Tokens(values, flat_mask, kind, segments)
+        flat[name] = x.reshape(-1) if x.shape == like.shape else x[:, None]
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return Tokens(flat, flat_mask, like.numel(), like.device, dtype, segments)
 
 
 def _check_shape(name: str, x: object, like: Tensor, *, per_sequence: int | None) -> None:

@@ -129,7 +129,8 @@ def lp_reg(
 
     Low-probability regularisation (2025, arXiv 2510.03222). They are among the ``share`` of tokens with least lp, have
     A < 0 and lp < proxy; ``proxy_logprob`` is the policy's own, renormalised after min-p (drops p < 0.02 max p),
-    -inf where dropped. With the clip's low of 1 those tokens have no other bound, as in the paper.
+    -inf where dropped: ``ll.logprobs(..., keep=ll.MinP(0.02)).logprob``. With the clip's low of 1 those tokens have no
+    other bound, as in the paper.
     """
     return ppo(
         clip, dual=None, penalties=(KL(coef, against="proxy_logprob", selection=LowPenalised(share)),), **options

@@ -9,21 +9,23 @@ gradient on a token's log-probability is weight_t times d value_t / d logprob_t 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from logitless.logits import check_floating
-from logitless.losses.policy.aggregation import Aggregation, aggregation_of, reduce
+from logitless.losses.policy.aggregation import Aggregation, aggregation_of
 from logitless.losses.policy.corrections import ImportanceCorrection, Opsm, Rejection
-from logitless.losses.policy.inputs import STATISTICS, Tokens, exp, expm1, prepare
+from logitless.losses.policy.inputs import STATISTICS, Part, Slots, Tokens, exp, expm1, prepare
 from logitless.losses.policy.penalties import Penalty
 from logitless.losses.policy.ratios import GeometricRatio, Ratio
 from logitless.losses.policy.rewards import LogRatioReward
 from logitless.losses.policy.selection import Selection
 from logitless.losses.policy.surrogates import Clip, Surrogate
 from logitless.ops.loss import LossResult
+from logitless.ops.tokens.kernels import run, select
+from logitless.ops.tokens.recipe import ABSENT, METRICS, Factor, Recipe
 from logitless.tokenwise import Tokenwise
 
 KNOWN = ("old_logprob", "ref_logprob", "teacher_logprob", "base_logprob", "rollout_logprob", "entropy", "advantages")
@@ -117,13 +119,11 @@ class TokenObjective(Tokenwise):
             raise TypeError(f"{unknown[0]}: not an input of this objective")
         wanted = {name: x for name, x in given.items() if name in self.reads | {"weights", "entropy"}}
         tokens = prepare(wanted, like=like, mask=mask, cu_seqlens=cu_seqlens)
-        if not fixed:
-            return tokens
-        return tokens.with_values(factor=torch.stack([part.factor(tokens) for part in fixed]).prod(0))
+        return replace(tokens, later={"factor": lambda tokens: _product(fixed, tokens)}) if fixed else tokens
 
     def local(self, values: Mapping[str, Tensor], mask: Tensor) -> Tokens:
         """Tokens of a row-local objective from values that :meth:`prepare` gave, float64."""
-        return Tokens(values, mask, torch.float64, None)
+        return Tokens.of(values, mask, torch.float64)
 
     def losses(self, tokens: Tokens) -> dict[str, Tensor]:
         """[T] each: the surrogate as "policy", with its factor, and every penalty without its coefficient."""
@@ -141,6 +141,9 @@ class TokenObjective(Tokenwise):
         """
         return self.total(self.losses(inputs.with_values(**statistics)))
 
+    def check_denominator(self, denominator: float | Tensor | None) -> None:
+        self.aggregation.check(denominator)
+
     def weights(self, tokens: Tokens, denominator: float | Tensor | None = None) -> Tensor:
         """[T] weights with ``loss = (weights * value).sum()``, known before the forward pass."""
         return self.aggregation.weights(tokens, denominator)
@@ -148,7 +151,7 @@ class TokenObjective(Tokenwise):
     @torch.no_grad()
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
         """0-d tensors; means are over the tokens that count. See :meth:`from_logprobs`."""
-        tokens = self._rewarded(tokens)
+        tokens = self._rewarded(tokens.with_given())
         log_ratio = self.ratio.log_ratio(tokens)
         low, high = [
             of_ratio | of_surrogate
@@ -167,7 +170,7 @@ class TokenObjective(Tokenwise):
             "ratio_min": _extreme(tokens, ratio, torch.amin, torch.inf),
             "ratio_max": _extreme(tokens, ratio, torch.amax, -torch.inf),
         }
-        if "entropy" in tokens.values:
+        if "entropy" in tokens:
             found["entropy"] = tokens.mean(tokens["entropy"])
         if (factor := self._factor(tokens)) is not None:
             found["factor_mean"] = tokens.mean(factor)
@@ -218,6 +221,9 @@ class TokenObjective(Tokenwise):
             factor_mean and kept_fraction where there are corrections or selections. Float32, float64 for a float64
             logprob. Nothing waits for the device.
 
+            All of it is one kernel (:mod:`logitless.ops.tokens`), whose gradient has no gradient of its own. Parts that
+            a user defines, float64 and compiled graphs, which torch.compile fuses itself, are torch operations.
+
         Raises:
             TypeError, ValueError: naming the argument, before any work.
         """
@@ -237,15 +243,76 @@ class TokenObjective(Tokenwise):
         if missing := sorted(name for name in self.statistics if given.get(name) is None):
             raise ValueError(f"{missing[0]}: needed by this objective")
         tokens = self.prepare(given, like=logprob, mask=mask, cu_seqlens=cu_seqlens)
-        weight = self.weights(tokens, denominator)
-        losses = self.losses(tokens)
-        return LossResult(
-            reduce(self.total(losses), weight),
-            {name: reduce(loss.detach(), weight) for name, loss in losses.items()},
-            self.metrics(tokens),
-        )
+        return self.evaluate(tokens, denominator)
 
     # ---- pieces
+
+    def evaluate(self, tokens: Tokens, denominator: float | Tensor | None) -> LossResult:
+        kernels = select(tokens.device, tokens.dtype)
+        described = None if kernels is None else self.recipe(tokens, denominator)
+        if described is None:
+            return super().evaluate(tokens, denominator)
+        recipe, inputs, given = described
+        segments, needed = tokens.segments, recipe.needs_offsets or any(x.dim() == 2 for x in inputs)
+        offsets = segments.offsets if segments is not None and (needed or not segments.whole) else None
+        loss, results = run(kernels, recipe, inputs, tokens.given_mask, offsets, given)
+        found = dict(zip(recipe.results, results.to(tokens.dtype).unbind(), strict=True))
+        terms = [found["policy"], *(found[f"penalty_{k}"] for k in range(len(self.penalties)))]
+        absent = set() if recipe.factors else {"factor_mean", "kept_fraction"}
+        absent |= {"entropy"} if recipe.entropy == ABSENT else set()
+        metrics = {name: found[name] for name in METRICS if name not in absent}
+        metrics["tokens"] = results[recipe.results.index("tokens")].long()
+        return LossResult(loss, dict(zip(self.names, terms, strict=True)), metrics)
+
+    def recipe(
+        self, tokens: Tokens, denominator: float | Tensor | None
+    ) -> tuple[Recipe, list[Tensor], Tensor | None] | None:
+        """(recipe, its inputs, a denominator that is a tensor); None where a part has no description.
+
+        What torch computes beforehand, it computes here.
+        """
+        tokens = tokens.with_given()  # what is made here is not made for the torch expression, which may need gradients
+        if self.rewards:
+            later = {"advantages": lambda _: self._rewarded(tokens)["advantages"]}
+            slots = Slots(replace(tokens, later={**tokens.later, **later}, made={}))
+        else:
+            slots = Slots(tokens)
+
+        def described(part: Part) -> object | None:
+            own = vars(type(part)).get("described")
+            return None if own is None else own(part, slots)
+
+        ratio, surrogate = described(self.ratio), described(self.surrogate)
+        penalties = tuple(described(part) for part in self.penalties)
+        rewards = tuple(described(part) for part in self.rewards)
+        if None in (ratio, surrogate, *penalties, *rewards):
+            return None
+        factors = tuple(
+            described(part) or Factor("input", slots.made(part.factor(slots.tokens)))
+            for part in (*self.correction, *self.selection)
+        )
+        others = {penalty.other for penalty in penalties if penalty.other > 0}
+        weighting, given = self.aggregation.described(slots, denominator)
+        old, advantages, entropy = [
+            slots(name) if name == "old_logprob" or name in tokens.given else ABSENT
+            for name in ("old_logprob", "advantages", "entropy")
+        ]
+        inputs = list(slots.inputs.values())
+        gradients = (0, *sorted(k for k in others if inputs[k].requires_grad))
+        recipe = Recipe(
+            inputs=tuple(slots.inputs),
+            gradients=gradients,
+            old=old,
+            advantages=advantages,
+            rewards=rewards,
+            ratio=ratio,
+            surrogate=surrogate,
+            penalties=penalties,
+            factors=factors,
+            entropy=entropy,
+            **weighting,
+        )
+        return (recipe, inputs, given) if recipe.fits else None
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         policy, *values = losses.values()
@@ -255,12 +322,17 @@ class TokenObjective(Tokenwise):
         if not self.rewards:
             return tokens
         added = sum(reward.advantages(tokens) for reward in self.rewards)
-        return tokens.with_values(advantages=tokens.values.get("advantages", 0) + added)
+        return tokens.with_values(advantages=tokens["advantages"] + added if "advantages" in tokens else added)
 
     def _factor(self, tokens: Tokens) -> Tensor | None:
-        factors = [part.factor(tokens) for part in (*self.correction, *self.selection) if not part.fixed]
-        factors += [tokens["factor"]] if "factor" in tokens.values else []
-        return torch.stack(factors).prod(0) if factors else None
+        factors = [part for part in (*self.correction, *self.selection) if not part.fixed]
+        found = [_product(factors, tokens)] if factors else []
+        found += [tokens["factor"]] if "factor" in tokens else []
+        return torch.stack(found).prod(0) if found else None
+
+
+def _product(factors: list, tokens: Tokens) -> Tensor:
+    return torch.stack([part.factor(tokens) for part in factors]).prod(0)
 
 
 def _extreme(tokens: Tokens, x: Tensor, of, neutral: float) -> Tensor:

@@ -5,6 +5,7 @@ A divergence over the whole vocabulary is a term of its own: ``ll.policy.grpo() 
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from logitless.logits import check_number
 from logitless.losses.checks import check_choice
-from logitless.losses.policy.inputs import Part, Tokens, exp, expm1
+from logitless.losses.policy.inputs import STATISTICS, Part, Slots, Tokens, exp, expm1
 from logitless.losses.policy.selection import Selection
+from logitless.ops.tokens import recipe
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,18 @@ class KL(Penalty):
             value = value.clamp(-largest_value, largest_value)
         return value if self.weights is None else tokens[self.weights] * value
 
+    def described(self, slots: Slots) -> recipe.Penalty | None:
+        if self.against == "logprob" or self.weights in STATISTICS:  # through which a gradient runs
+            return None
+        keep = recipe.ABSENT
+        if self.selection is not None:
+            keep = slots.made(self.selection.factor(slots.tokens))
+        weights = recipe.ABSENT if self.weights is None else slots(self.weights)
+        largest, largest_value = [math.inf if bound is None else bound for bound in self.clamp]
+        return recipe.Penalty(
+            self.estimator, self.coef, slots(self.against), weights, keep, largest, largest_value, self.alpha
+        )
+
 
 @dataclass(frozen=True)
 class Entropy(Penalty):
@@ -169,6 +183,9 @@ class Entropy(Penalty):
 
     def value(self, tokens: Tokens) -> Tensor:
         return tokens[self.of]
+
+    def described(self, slots: Slots) -> recipe.Penalty:
+        return recipe.Penalty("input", self.coef, slots(self.of))
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +215,13 @@ class PositiveNLL(Penalty):
         return frozenset({"logprob", "correct"})
 
     def value(self, tokens: Tokens) -> Tensor:
+        weight = self._weight(tokens)
+        return weight * torch.where(tokens["correct"] != 0, -tokens["logprob"], 0)
+
+    def described(self, slots: Slots) -> recipe.Penalty:
+        return recipe.Penalty("nll", self.coef, weights=slots.made(self._weight(slots.tokens)), keep=slots("correct"))
+
+    def _weight(self, tokens: Tokens) -> Tensor:
         correct = (tokens["correct"] != 0).to(tokens.dtype)
         share = tokens.mean(correct) if self.share is None else self.share
-        weight = torch.where(correct != 0, correct / share, 0)  # not 0 / 0 where no answer is correct
-        return weight * torch.where(correct != 0, -tokens["logprob"], 0)
+        return torch.where(correct != 0, correct / share, 0)  # not 0 / 0 where no answer is correct

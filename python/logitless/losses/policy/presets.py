@@ -23,6 +23,7 @@ from logitless.losses.policy.surrogates import Cispo, Clip, Dppo, Dro, Importanc
 from logitless.ops.loss import LossResult
 
 TRL_MEAN = Aggregation("seq-mean-token-mean", count_empty=True)
+TRL_SUM = Aggregation("seq-mean-token-sum", count_empty=True)
 
 
 def compose(
@@ -43,7 +44,8 @@ def compose(
         kl: its estimator, see :class:`KL`. TRL 1.16 has "ratio_k3" (use_bias_correction_kl); verl's low_var_kl and
             NeMo-RL's are "k3" with kl_clamp=(20, 10).
         kl_clamp: bounds, see :class:`KL`.
-        entropy_coef: of the entropy bonus; 0: none.
+        entropy_coef: of the entropy bonus; 0: none. It is aggregated as the rest is, as in verl; TRL's is a mean over
+            tokens whatever the loss.
         penalties: further ones.
         parts: ratio, rewards, correction, selection, aggregation of :class:`TokenObjective`.
     """
@@ -108,8 +110,9 @@ def two_sided(delta: float = 4.0, clip: float | tuple[float, float] = 0.2, **opt
 def gspo(clip: float | tuple[float, float] = (3e-4, 4e-4), **options) -> TokenObjective:
     """The ratio of a sequence, its geometric mean over tokens, clipped.
 
-    Zheng et al. 2025 (arXiv 2507.18071), whose clip this is; TRL's importance_sampling_level="sequence". verl's gspo
-    has the configuration's clip.
+    Zheng et al. 2025 (arXiv 2507.18071), whose clip this is. TRL's importance_sampling_level="sequence", which counts
+    empty sequences too. verl's gspo has the configuration's clip and the gradient of :func:`gspo_token`: the same where
+    advantages are per sequence and the aggregation is this one.
     """
     return _on_sequences("sequence-mean", clip, "seq-mean-token-mean", options)
 
@@ -123,25 +126,27 @@ def luspo(clip: float | tuple[float, float] = (3e-4, 4e-4), **options) -> TokenO
     """GSPO weighted by length, ``mean_i sum_t L_it`` (arXiv 2602.05261), as TRL has it.
 
     Weights, KL and token-level parts are summed over the tokens under the mask; Liger divides them by the padded width.
+    Empty sequences count.
     """
-    return _on_sequences("sequence-mean", clip, "seq-mean-token-sum", options)
+    return _on_sequences("sequence-mean", clip, TRL_SUM, options)
 
 
 def gmpo(clip: float | tuple[float, float] = 0.4, **options) -> TokenObjective:
     """``-A exp(mean_i clip(lp - old))``, clipped by the sign of A in logarithms (Zhao et al. 2025, arXiv 2507.20673).
 
-    Advantages per sequence; given per token, each token has the sequence's ratio times its own.
+    Advantages per sequence; given per token, each token has the sequence's ratio times its own. Empty sequences count,
+    as in TRL and verl (geo_mean).
     """
     ratio = GeometricRatio(*_pair(clip))
-    return compose(Importance(), ratio=ratio, **with_default(options, "seq-mean-token-mean"))
+    return compose(Importance(), ratio=ratio, **with_default(options, TRL_MEAN))
 
 
 def rloo(clip: float | tuple[float, float] = 0.2, **options) -> TokenObjective:
     """PPO's clip on the ratio of whole sequences, ``exp(sum_i (lp - old))`` (Ahmadian et al. 2024; TRL's RLOOTrainer).
 
-    Advantages are the reward minus the mean of the prompt's other samples.
+    Advantages are the reward minus the mean of the prompt's other samples. Empty sequences count.
     """
-    return _on_sequences("sequence-sum", clip, "seq-mean-token-mean", options)
+    return _on_sequences("sequence-sum", clip, TRL_MEAN, options)
 
 
 def cispo(convention: str = "verl", low: float | None = None, high: float | None = None, **options) -> TokenObjective:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from logitless.logits import check_number
 from logitless.losses.checks import check_choice
-from logitless.losses.policy.inputs import Part, Tokens, check_optional
+from logitless.losses.policy.inputs import Part, Slots, Tokens, check_optional
+from logitless.ops.tokens import recipe
 
 LEVELS = ("token", "sequence-mean", "sequence-sum", "sequence-token")
 
@@ -72,6 +73,11 @@ class Ratio(Part):
             r = r.detach() + tokens["logprob"] - tokens["logprob"].detach()
         return r if self.low is None and self.high is None else r.clamp(self.low, self.high)
 
+    def described(self, slots: Slots) -> recipe.Ratio:
+        teacher = slots("teacher_logprob") if self.teacher_share else recipe.ABSENT
+        low, high = recipe.bounds(self.low, self.high)
+        return recipe.Ratio(self.level, teacher, self.teacher_share, low, high)
+
     def clipped(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         none = torch.zeros_like(tokens.mask)
         return none, none
@@ -103,6 +109,9 @@ class GeometricRatio(Part):
         r, sign = tokens.log_ratio, tokens["advantages"].sign()
         c = sign * torch.minimum(sign * r, sign * r.clamp(-self.low, self.high))
         return tokens.segments.spread(tokens.segments.mean(c))
+
+    def described(self, slots: Slots) -> recipe.Ratio:
+        return recipe.Ratio("geometric", low=self.low, high=self.high)
 
     def clipped(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         r, advantages = tokens.log_ratio, tokens["advantages"]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from logitless.logits import check_number
-from logitless.losses.policy.inputs import Part, Tokens
+from logitless.losses.policy.inputs import Part, Slots, Tokens
+from logitless.ops.tokens import recipe
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,6 @@ class LogRatioReward(Part):
 
     def advantages(self, tokens: Tokens) -> Tensor:
         return self.coef * (tokens[self.plus] - tokens[self.minus]).detach()
+
+    def described(self, slots: Slots) -> recipe.Reward:
+        return recipe.Reward(self.coef, slots(self.plus), slots(self.minus))

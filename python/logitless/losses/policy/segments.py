@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+def once(method: Callable) -> property:
+    """A property that is computed when first read: functools.cached_property without its lock, which torch.compile does
+    not enter. Its object has a dict ``kept``."""
+
+    def read(self):
+        if method.__name__ not in self.kept:
+            self.kept[method.__name__] = method(self)
+        return self.kept[method.__name__]
+
+    return property(read, doc=method.__doc__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,22 +28,34 @@ class Segments:
     Padded rows [B, T] are the case of equal steps, so both layouts run the same code. Nothing waits for the device.
     """
 
-    offsets: Tensor  # [B + 1]
-    ids: Tensor  # [T], the sequence of every token
-    mask: Tensor  # [T] bool
+    offsets: Tensor  # [B + 1] int64
+    tokens: int  # T
+    given: Tensor | None  # [T] bool; None: all
+    whole: bool  # whether there are no tokens after the last sequence
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def packed(cls, cu_seqlens: Tensor, mask: Tensor) -> Segments:
+    def packed(cls, cu_seqlens: Tensor, tokens: int, mask: Tensor | None) -> Segments:
         """From cumulative lengths 0, l_0, l_0 + l_1, ...; tokens after the last belong to no sequence."""
-        offsets = cu_seqlens.long()
-        place = torch.arange(mask.numel(), device=mask.device)
-        ids = torch.bucketize(place, offsets[1:], right=True).clamp(max=offsets.numel() - 2)
-        return cls(offsets, ids, mask & (place < offsets[-1]))
+        return cls(cu_seqlens.long(), tokens, mask, whole=False)
 
     @classmethod
-    def padded(cls, rows: int, columns: int, mask: Tensor) -> Segments:
-        offsets = torch.arange(rows + 1, device=mask.device) * columns
-        return cls(offsets, torch.arange(rows, device=mask.device).repeat_interleave(columns), mask)
+    def padded(cls, rows: int, columns: int, mask: Tensor | None, device: torch.device) -> Segments:
+        return cls(torch.arange(rows + 1, device=device) * columns, rows * columns, mask, whole=True)
+
+    @once
+    def ids(self) -> Tensor:
+        """[T], the sequence of every token."""
+        place = torch.arange(self.tokens, device=self.offsets.device)
+        return torch.bucketize(place, self.offsets[1:], right=True).clamp(max=self.count - 1)
+
+    @once
+    def mask(self) -> Tensor:
+        """[T] bool."""
+        if self.whole and self.given is not None:
+            return self.given
+        inside = torch.arange(self.tokens, device=self.offsets.device) < self.offsets[-1]
+        return inside if self.given is None else self.given & inside
 
     @property
     def count(self) -> int:

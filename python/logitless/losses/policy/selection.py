@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from logitless.logits import check_number
-from logitless.losses.policy.inputs import Part, Tokens
+from logitless.losses.policy.inputs import Part, Slots, Tokens
+from logitless.ops.tokens import recipe
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Only(Selection):
     def keep(self, tokens: Tokens) -> Tensor:
         return (tokens[self.name] != 0) == self.value
 
+    def described(self, slots: Slots) -> recipe.Factor:
+        return recipe.Factor("only" if self.value else "not", slots(self.name))
+
 
 @dataclass(frozen=True, eq=False)
 class TopEntropy(Selection):
@@ -68,6 +72,11 @@ class TopEntropy(Selection):
     def keep(self, tokens: Tokens) -> Tensor:
         entropy = tokens["entropy"].detach()
         return entropy >= (quantile(entropy, tokens.mask, 1 - self.share) if self.threshold is None else self.threshold)
+
+    def described(self, slots: Slots) -> recipe.Factor | None:
+        if not isinstance(self.threshold, (int, float)):  # a quantile of the batch
+            return None
+        return recipe.Factor("at_least", slots("entropy"), low=float(self.threshold))
 
 
 @dataclass(frozen=True)

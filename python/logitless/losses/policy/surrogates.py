@@ -15,7 +15,8 @@ from torch import Tensor
 
 from logitless.logits import check_number
 from logitless.losses.checks import check_choice
-from logitless.losses.policy.inputs import Part, Tokens, check_optional, exp
+from logitless.losses.policy.inputs import Part, Slots, Tokens, check_optional, exp
+from logitless.ops.tokens import recipe
 
 READS = frozenset({"logprob", "old_logprob", "advantages"})
 
@@ -73,6 +74,10 @@ class Clip(Surrogate):
             return loss
         return torch.where(advantages < 0, torch.minimum(loss, -advantages * self.dual), loss)
 
+    def described(self, slots: Slots) -> recipe.Surrogate:
+        dual, delta = [math.inf if bound is None else bound for bound in (self.dual, self.delta)]
+        return recipe.Surrogate("clip", (self.low, self.high, dual, delta))
+
     def clipped(self, tokens: Tokens, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
         advantages, ratio = tokens["advantages"], exp(log_ratio)
         low, high = (ratio < 1 - self.low) & (advantages < 0), (ratio > 1 + self.high) & (advantages > 0)
@@ -89,6 +94,9 @@ class Importance(Surrogate):
     def loss(self, tokens: Tokens, log_ratio: Tensor) -> Tensor:
         return -tokens["advantages"] * exp(log_ratio)
 
+    def described(self, slots: Slots) -> recipe.Surrogate:
+        return recipe.Surrogate("importance")
+
 
 @dataclass(frozen=True)
 class Reinforce(Surrogate):
@@ -96,6 +104,9 @@ class Reinforce(Surrogate):
 
     def loss(self, tokens: Tokens, log_ratio: Tensor) -> Tensor:
         return -tokens["advantages"] * tokens["logprob"]
+
+    def described(self, slots: Slots) -> recipe.Surrogate:
+        return recipe.Surrogate("reinforce")
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,9 @@ class Cispo(Surrogate):
     def loss(self, tokens: Tokens, log_ratio: Tensor) -> Tensor:
         weight = exp(log_ratio.detach()).clamp(self.low or 0.0, self.high)
         return -weight * tokens["advantages"] * tokens["logprob"]
+
+    def described(self, slots: Slots) -> recipe.Surrogate:
+        return recipe.Surrogate("cispo", (self.low or 0.0, math.inf if self.high is None else self.high))
 
     def clipped(self, tokens: Tokens, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
         ratio = exp(log_ratio)
@@ -140,6 +154,9 @@ class Sapo(Surrogate):
         advantages = tokens["advantages"]
         tau = torch.full_like(advantages, self.tau_neg).masked_fill(advantages > 0, self.tau_pos)
         return -torch.sigmoid(tau * (exp(log_ratio) - 1)) * (4 / tau) * advantages
+
+    def described(self, slots: Slots) -> recipe.Surrogate:
+        return recipe.Surrogate("sapo", (self.tau_pos, self.tau_neg))
 
 
 @dataclass(frozen=True)
@@ -183,6 +200,10 @@ class Vespo(Surrogate):
         lam = torch.full_like(log_w, self.lam_neg).masked_fill(advantages >= 0, self.lam_pos)
         return -exp(lam + k * log_w - lam * exp(log_w)) * advantages * tokens["logprob"]
 
+    def described(self, slots: Slots) -> recipe.Surrogate:
+        rollout = slots("rollout_logprob") if self.rollout else recipe.ABSENT
+        return recipe.Surrogate("vespo", (self.k_pos, self.lam_pos, self.k_neg, self.lam_neg), rollout)
+
 
 @dataclass(frozen=True)
 class Dro(Surrogate):
@@ -199,6 +220,9 @@ class Dro(Surrogate):
 
     def loss(self, tokens: Tokens, log_ratio: Tensor) -> Tensor:
         return -(tokens["advantages"] * tokens["logprob"] - 0.5 * self.beta * tokens.log_ratio**2)
+
+    def described(self, slots: Slots) -> recipe.Surrogate:
+        return recipe.Surrogate("dro", (self.beta,))
 
 
 @dataclass(frozen=True)
@@ -237,6 +261,11 @@ class Dppo(Surrogate):
         if not self.detach_ratio:
             return -kept * exp(log_ratio)
         return -kept * exp(log_ratio.detach()).clamp(max=self.cap) * tokens["logprob"]
+
+    def described(self, slots: Slots) -> recipe.Surrogate:
+        if not self.detach_ratio:
+            return recipe.Surrogate(f"dppo_{self.divergence}_ratio", (self.low, self.high))
+        return recipe.Surrogate(f"dppo_{self.divergence}", (self.low, self.high, self.cap))
 
     def clipped(self, tokens: Tokens, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
         up = tokens["advantages"] > 0

@@ -7,11 +7,14 @@ objective's own torch expression does.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import importlib
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from logitless import backends
 from logitless.ops.tokens.recipe import Recipe
 
 
@@ -24,8 +27,8 @@ class TokenKernels(Protocol):
         offsets: Tensor | None,
         denominator: Tensor | None,
         wanted: bool,
-    ) -> tuple[Tensor, Any]:
-        """Results, float64 [len(recipe.results)], and what :meth:`backward` needs (None unless ``wanted``).
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Results, float64 [len(recipe.results)], and the tensors that :meth:`backward` needs (None unless ``wanted``).
 
         Args:
             recipe: what to compute.
@@ -37,13 +40,65 @@ class TokenKernels(Protocol):
             wanted: whether derivatives are.
         """
 
-    def backward(self, recipe: Recipe, state: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, recipe: Recipe, state: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
         """``upstream`` (0-d float32) times the derivatives, [T] float32 each, one per slot of ``recipe.gradients``.
 
         The state is left as it is: a second call gives the same.
         """
 
 
+NAMES = ("cpu", "cuda", "triton")  # backends that have the kernel: logitless.ops.tokens.<name>
+
+
 def select(device: torch.device, dtype: torch.dtype) -> TokenKernels | None:
-    """The kernels for tensors of a device and type; None: the torch expression serves."""
-    return None
+    """The kernels for tensors of a device and type; None: the torch expression serves.
+
+    So it does for float64, and in compiled graphs, where torch.compile fuses it itself.
+
+    Raises:
+        ValueError: LOGITLESS_BACKEND forces a backend that cannot run here.
+    """
+    if dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    found = [backend.NAME for backend in backends.candidates(device, dtype) if backend.NAME in NAMES]
+    return importlib.import_module(f"logitless.ops.tokens.{found[0]}") if found else None
+
+
+def run(
+    kernels: TokenKernels,
+    recipe: Recipe,
+    inputs: list[Tensor],
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    denominator: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(loss 0-d float32, with the gradients that the recipe names; all results, float64).
+
+    The inputs may be of any type and stride.
+    """
+    wanted = torch.is_grad_enabled() and any(inputs[slot].requires_grad for slot in recipe.gradients)
+    if denominator is not None:
+        denominator = denominator.to(inputs[0].device, torch.float32)
+    inputs = [(x if k in recipe.gradients else x.detach()).float().contiguous() for k, x in enumerate(inputs)]
+    mask, offsets = [None if x is None else x.contiguous() for x in (mask, offsets)]
+    return _Loss.apply(kernels, recipe, mask, offsets, denominator, wanted, *inputs)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels: TokenKernels, recipe: Recipe, mask, offsets, denominator, wanted: bool, *inputs: Tensor):
+        results, state = kernels.forward(recipe, inputs, mask, offsets, denominator, wanted)
+        if wanted:
+            ctx.kernels, ctx.recipe, ctx.inputs = kernels, recipe, len(inputs)
+            ctx.save_for_backward(*state)
+        ctx.mark_non_differentiable(results)
+        return results[0].float(), results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor, _):
+        found: list[Tensor | None] = [None] * ctx.inputs
+        gradients = ctx.kernels.backward(ctx.recipe, ctx.saved_tensors, upstream)
+        for slot, gradient in zip(ctx.recipe.gradients, gradients, strict=True):
+            found[slot] = gradient
+        return (None,) * 6 + tuple(found)

@@ -2,13 +2,13 @@
 
 A recipe is hashable: Triton compiles one kernel per recipe, C++ and CUDA choose among compiled pieces.
 
-Inputs are *slots*: x[k] is [T] per token or [B] per sequence; slot 0 is ``lp``, the policy's log-probability. What the
-mask hides reads as 0 everywhere and gets derivative 0. Per token t of sequence i, n_i the number of its tokens under
-the mask, sums and maxima "over i" likewise, sg(x) a constant:
+Inputs are *slots*: x[k] is [T] per token or [B] per sequence; slot 0 is ``lp``, the policy's log-probability, and
+sg(lp) wherever a part names it by its slot. What the mask hides reads as 0 everywhere and gets derivative 0. Per token
+t of sequence i, n_i the number of its tokens under the mask, sums and maxima "over i" likewise, sg(x) a constant:
 
     A = x[advantages] (0 if not given) + sum_k coef_k (x[plus_k] - x[minus_k])                      rewards
-    old = x[old], sg(lp) for slot 0;   d = lp - old
-    r = lp - (1 - share) old - share x[teacher];     c = min(r', high) if A > 0, max(r', -low) if A < 0, else 0   (r' = d)
+    old = x[old];   d = lp - old;   r = lp - (1 - share) old - share x[teacher]
+    c = min(d, high) if A > 0, max(d, -low) if A < 0, else 0
     l = clamp(r | mean_i r | sum_i r | sg(mean_i r) + lp - sg(lp) | mean_i c)                       ratio
     F = prod_k factor_k                                                                             factors
     S = F surrogate(A, l, lp, old, ...), 0 where F = 0                                              surrogate
@@ -52,6 +52,7 @@ METRICS = (
     *("tokens", "clip_fraction_low", "clip_fraction_high", "approx_kl_k1", "approx_kl_k3"),
     *("ratio_mean", "ratio_min", "ratio_max", "entropy", "factor_mean", "kept_fraction"),
 )
+MOST = {"inputs": 24, "gradients": 8, "rewards": 4, "penalties": 8, "factors": 8}  # that backends have room for
 DENOMINATORS = ("none", "tokens", "sequences", "given")  # sequences: those with a token under the mask
 
 
@@ -80,7 +81,8 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Penalty:
-    """``value(clamp(d, +-largest))`` clamped to +-largest_value; d is 0 where x[keep] is 0."""
+    """``value(clamp(d, +-largest))`` clamped to +-largest_value; where x[keep] is 0, d is ("input": the value, "nll":
+    lp)."""
 
     name: str
     coef: float
@@ -133,13 +135,19 @@ class Recipe:
     @property
     def sequences(self) -> bool:
         """Whether sums over sequences are needed before a token's value is known."""
-        over = {factor.over for factor in self.factors} | {"mean" if f.name == "opsm" else "token" for f in self.factors}
-        return (
-            self.sequence_mean
-            or self.ratio.level != "token"
-            or self.surrogate.name == "vespo"
-            or bool(over - {"token"})
-        )
+        if self.sequence_mean or self.ratio.level != "token" or self.surrogate.name == "vespo":
+            return True
+        return any(factor.over != "token" or factor.name == "opsm" for factor in self.factors)
+
+    @property
+    def needs_offsets(self) -> bool:
+        """Whether it matters, if only for the denominator, where sequences begin."""
+        return self.sequences or self.denominator == "sequences"
+
+    @property
+    def fits(self) -> bool:
+        """Whether backends have room for it."""
+        return all(len(getattr(self, name)) <= most for name, most in MOST.items())
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -148,3 +156,8 @@ class Recipe:
         "policy" and penalties are norm sum_t w_t S_t and norm sum_t w_t P_kt, without coefficient.
         """
         return ("loss", "policy", *(f"penalty_{k}" for k in range(len(self.penalties))), *METRICS, "norm")
+
+
+def bounds(low: float | None, high: float | None) -> tuple[float, float]:
+    """Those of a recipe: infinite where there is none."""
+    return -INFINITY if low is None else float(low), INFINITY if high is None else float(high)

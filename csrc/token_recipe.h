@@ -1,0 +1,96 @@
+// math/policy.h's TokenRecipe from the Recipe of python/logitless/ops/tokens/recipe.py.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "math/policy.h"
+
+namespace logitless {
+namespace {
+
+namespace py = pybind11;
+
+template <class Code, std::size_t size>
+Code code(const char* const (&names)[size], const py::handle& name) {
+    const std::string wanted = py::str(name);
+    for (std::size_t i = 0; i < size; ++i)
+        if (wanted == names[i]) return static_cast<Code>(i);
+    throw std::invalid_argument("'" + wanted + "' is not known to csrc/math/policy.h");
+}
+
+template <class T>
+T get(const py::handle& of, const char* name) {
+    return of.attr(name).cast<T>();
+}
+
+// Calls fill(element, item) for every item of a tuple; how many there were.
+template <class T, std::size_t size, class Fill>
+int fill(T (&array)[size], const py::handle& items, Fill fill) {
+    std::size_t count = 0;
+    for (const py::handle& item : items) {
+        if (count == size) throw std::invalid_argument("a token recipe larger than csrc/math/policy.h has room for");
+        fill(array[count++], item);
+    }
+    return static_cast<int>(count);
+}
+
+inline TokenRecipe token_recipe(const py::handle& of) {
+    TokenRecipe recipe = {};
+    recipe.slots = static_cast<int>(py::len(of.attr("inputs")));
+    if (recipe.slots > TokenRecipe::most_slots) throw std::invalid_argument("a token recipe with too many inputs");
+    recipe.gradient_count =
+        fill(recipe.gradients, of.attr("gradients"), [](int& to, const py::handle& slot) { to = slot.cast<int>(); });
+    recipe.old = get<int>(of, "old");
+    recipe.advantages = get<int>(of, "advantages");
+    recipe.weights = get<int>(of, "weights");
+    recipe.entropy = get<int>(of, "entropy");
+    recipe.sequence_mean = get<bool>(of, "sequence_mean");
+    recipe.denominator = code<Denominator>(denominator_names, of.attr("denominator"));
+    recipe.scale = get<double>(of, "scale");
+
+    const py::object ratio = of.attr("ratio");
+    recipe.level = code<Level>(level_names, ratio.attr("level"));
+    recipe.teacher = get<int>(ratio, "teacher");
+    recipe.share = get<float>(ratio, "share");
+    recipe.rest = static_cast<float>(1 - get<double>(ratio, "share"));
+    recipe.low = get<float>(ratio, "low");
+    recipe.high = get<float>(ratio, "high");
+
+    const py::object surrogate = of.attr("surrogate");
+    const std::string name = get<std::string>(surrogate, "name");
+    recipe.surrogate = Surrogates::find(name.c_str());
+    if (recipe.surrogate < 0) throw std::invalid_argument("'" + name + "' is not known to csrc/math/policy.h");
+    recipe.rollout = get<int>(surrogate, "rollout");
+    const int count = fill(recipe.parameters, surrogate.attr("parameters"),
+                           [](float& to, const py::handle& x) { to = x.cast<float>(); });
+    if (count != Surrogates::parameters(recipe.surrogate))
+        throw std::invalid_argument("'" + name + "' with " + std::to_string(count) + " parameters");
+    if (name == Clip::name) {
+        const py::tuple given = surrogate.attr("parameters");
+        recipe.parameters[0] = static_cast<float>(1 - given[0].cast<double>());
+        recipe.parameters[1] = static_cast<float>(1 + given[1].cast<double>());
+    }
+
+    recipe.reward_count = fill(recipe.rewards, of.attr("rewards"), [](TokenReward& to, const py::handle& reward) {
+        to = {get<float>(reward, "coef"), get<int>(reward, "plus"), get<int>(reward, "minus")};
+    });
+    recipe.penalty_count = fill(recipe.penalties, of.attr("penalties"), [](TokenPenalty& to, const py::handle& p) {
+        to = {code<Estimate>(estimate_names, p.attr("name")), get<float>(p, "coef"), get<int>(p, "other"),
+              get<int>(p, "weights"), get<int>(p, "keep"), get<float>(p, "largest"), get<float>(p, "largest_value"),
+              get<float>(p, "alpha")};
+    });
+    recipe.factor_count = fill(recipe.factors, of.attr("factors"), [](TokenFactor& to, const py::handle& f) {
+        to = {code<FactorKind>(factor_names, f.attr("name")), get<int>(f, "first"), get<int>(f, "rollout"),
+              code<Over>(over_names, f.attr("over")), get<bool>(f, "masked"), get<float>(f, "low"),
+              get<float>(f, "high"), get<float>(f, "bound")};
+        if (to.kind == FactorKind::opsm) to.over = Over::mean;
+    });
+    return recipe;
+}
+
+}  // namespace
+}  // namespace logitless
