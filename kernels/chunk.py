@@ -1,4 +1,5 @@
-"""How kernels read a chunk: s = outer * phi(inner * (z + bias)), phi the identity or tanh, in float32."""
+"""How kernels read a chunk: s = outer * phi(inner * (z + bias)), phi the identity or tanh, in float32; s = -inf where
+z + bias lies below the row's floor."""
 
 import triton
 import triton.language as tl
@@ -19,14 +20,33 @@ def scale(z, bias, inner, outer, BIAS: tl.constexpr, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def load_scaled(z, stride, bias, inner, outer, rows, columns, inside, BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """(s, ds/dz) [ROWS, BLOCK] of some rows and columns of a chunk; s is -inf where not ``inside``."""
+def load_scaled(
+    z, stride, bias, inner, outer, floor, rows, columns, inside,
+    BIAS: tl.constexpr, CAPPED: tl.constexpr, FILTERED: tl.constexpr,
+):  # fmt: skip
+    """(s, ds/dz) [ROWS, BLOCK] of some rows and columns of a chunk; s is -inf where not ``inside``.
+
+    outer and floor are [ROWS, 1]; with a floor ds/dz is 0 where s is -inf.
+    """
     values = tl.load(z + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
     added = 0.0
     if BIAS:
         added = tl.load(bias + columns[None, :], mask=inside, other=0.0)
-    s, slope = scale(values.to(tl.float32), added, inner, outer, BIAS, CAPPED)
+    values = values.to(tl.float32)
+    s, slope = scale(values, added, inner, outer, BIAS, CAPPED)
+    if FILTERED:
+        s = tl.where(values + added < floor, float("-inf"), s)
+        slope = tl.where(s == float("-inf"), 0.0, slope)
     return tl.where(inside, s, float("-inf")), slope
+
+
+@triton.jit
+def load_floor(floor, rows, inside, FILTERED: tl.constexpr):
+    """The floors of rows [ROWS, 1], if there are any."""
+    if FILTERED:
+        return tl.load(floor + rows, mask=inside, other=float("-inf"))[:, None]
+    else:
+        return 0.0
 
 
 @triton.jit

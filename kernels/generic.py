@@ -9,7 +9,7 @@ One reading of both chunks, 8 bytes per element, some 100 operations: bound by a
 import triton
 import triton.language as tl
 
-from logitless.kernels.chunk import finite, load_row, load_scaled
+from logitless.kernels.chunk import finite, load_floor, load_row, load_scaled
 from logitless.kernels.divergences import LOG_SUM, load_parameters, log_summand, pointwise
 from logitless.kernels.elementary import LOWEST
 from logitless.kernels.online import join, reported, step
@@ -19,12 +19,13 @@ HIGHEST = tl.constexpr(3.0e38)  # stands for inf where differences to it must no
 
 @triton.jit
 def generic(
-    student, student_stride, student_bias, student_inner,
-    teacher, teacher_stride, teacher_bias, teacher_inner,
+    student, student_stride, student_bias, student_inner, student_floor,
+    teacher, teacher_stride, teacher_bias, teacher_inner, teacher_floor,
     numbers,  # [K, rows]: outer, max, log_sum of the student, of the teacher, ...; the parameters from PLACE on
     sums,  # [2, parts, rows] float64
     rows, columns, part_columns, parts,
-    STUDENT_BIAS: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_BIAS: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr, STUDENT_CAPPED: tl.constexpr, STUDENT_FILTERED: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr, TEACHER_CAPPED: tl.constexpr, TEACHER_FILTERED: tl.constexpr,
     DIVERGENCE: tl.constexpr, PLACE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -38,6 +39,8 @@ def generic(
     outer_t = load_row(numbers, 3, row, live, rows)
     max_t = finite(load_row(numbers, 4, row, live, rows))
     log_sum_t = load_row(numbers, 5, row, live, rows)
+    floor_s = load_floor(student_floor, row, live, STUDENT_FILTERED)
+    floor_t = load_floor(teacher_floor, row, live, TEACHER_FILTERED)
     parameters = load_parameters(DIVERGENCE, numbers, PLACE, row, live, rows)
 
     value = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -48,11 +51,13 @@ def generic(
         j = start + tl.arange(0, BLOCK)
         inside = live[:, None] & (j < end)[None, :]
         s, _ = load_scaled(
-            student, student_stride, student_bias, student_inner, outer_s, row, j, inside, STUDENT_BIAS, STUDENT_CAPPED
-        )
+            student, student_stride, student_bias, student_inner, outer_s, floor_s, row, j, inside,
+            STUDENT_BIAS, STUDENT_CAPPED, STUDENT_FILTERED,
+        )  # fmt: skip
         t, _ = load_scaled(
-            teacher, teacher_stride, teacher_bias, teacher_inner, outer_t, row, j, inside, TEACHER_BIAS, TEACHER_CAPPED
-        )
+            teacher, teacher_stride, teacher_bias, teacher_inner, outer_t, floor_t, row, j, inside,
+            TEACHER_BIAS, TEACHER_CAPPED, TEACHER_FILTERED,
+        )  # fmt: skip
         log_p, log_q = (t - max_t) - log_sum_t, (s - max_s) - log_sum_s
         if DIVERGENCE == LOG_SUM:
             x = log_summand(log_p, log_q, parameters)

@@ -11,15 +11,15 @@ One reading and one writing: 4 bytes per element and side, and 4 or 2. A program
 import triton
 import triton.language as tl
 
-from logitless.kernels.chunk import finite, load_row, load_scaled
+from logitless.kernels.chunk import finite, load_floor, load_row, load_scaled
 from logitless.kernels.divergences import derivative
 from logitless.kernels.elementary import exp, times
 
 
 @triton.jit
 def gradient(
-    student, student_stride, student_bias, student_inner,
-    teacher, teacher_stride, teacher_bias, teacher_inner,
+    student, student_stride, student_bias, student_inner, student_floor,
+    teacher, teacher_stride, teacher_bias, teacher_inner, teacher_floor,
     numbers,  # [K, rows]: outer, max, log_sum of the student (and of the teacher), then the coefficients that are
               # given in the order of the flags below, then of each divergence its coefficient and its parameters,
               # and of each log-sum also its value
@@ -29,8 +29,8 @@ def gradient(
     live,  # [rows] bool
     out, out_stride,
     rows, columns,
-    STUDENT_BIAS: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
-    PAIR: tl.constexpr, TEACHER_BIAS: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr, STUDENT_CAPPED: tl.constexpr, STUDENT_FILTERED: tl.constexpr,
+    PAIR: tl.constexpr, TEACHER_BIAS: tl.constexpr, TEACHER_CAPPED: tl.constexpr, TEACHER_FILTERED: tl.constexpr,
     ONE_HOT: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, WEIGHTS: tl.constexpr, Q_LOG_Q: tl.constexpr,
     Q_SQUARED: tl.constexpr, Q_LOG_RATIO: tl.constexpr, DIVERGENCES: tl.constexpr, PLACES: tl.constexpr,
     WEIGHT_VECTOR: tl.constexpr, ROW_GRADIENT: tl.constexpr, LIVE: tl.constexpr,
@@ -42,16 +42,18 @@ def gradient(
     inside = here[:, None] & (j < columns)[None, :]
 
     s, slope = load_scaled(
-        student, student_stride, student_bias, student_inner, load_row(numbers, 0, row, here, rows), row, j, inside,
-        STUDENT_BIAS, STUDENT_CAPPED,
+        student, student_stride, student_bias, student_inner, load_row(numbers, 0, row, here, rows),
+        load_floor(student_floor, row, here, STUDENT_FILTERED), row, j, inside,
+        STUDENT_BIAS, STUDENT_CAPPED, STUDENT_FILTERED,
     )  # fmt: skip
     max_s, log_sum_s = load_row(numbers, 1, row, here, rows), load_row(numbers, 2, row, here, rows)
     log_q = (s - finite(max_s)) - log_sum_s
     q = exp(log_q)
     if PAIR:
         t, _ = load_scaled(
-            teacher, teacher_stride, teacher_bias, teacher_inner, load_row(numbers, 3, row, here, rows), row, j, inside,
-            TEACHER_BIAS, TEACHER_CAPPED,
+            teacher, teacher_stride, teacher_bias, teacher_inner, load_row(numbers, 3, row, here, rows),
+            load_floor(teacher_floor, row, here, TEACHER_FILTERED), row, j, inside,
+            TEACHER_BIAS, TEACHER_CAPPED, TEACHER_FILTERED,
         )  # fmt: skip
         max_t, log_sum_t = load_row(numbers, 4, row, here, rows), load_row(numbers, 5, row, here, rows)
         log_p = (t - finite(max_t)) - log_sum_t
@@ -90,7 +92,10 @@ def gradient(
     if ROW_GRADIENT:
         from_rows = row_gradient + row.to(tl.int64)[:, None] * row_gradient_stride + j[None, :]
         total += tl.load(from_rows, mask=inside, other=0.0)
-    total = total * slope
+    if STUDENT_FILTERED:
+        total = times(slope, total)
+    else:
+        total = total * slope
     if LIVE:
         alive = tl.load(live + row, mask=here, other=0)
         total = tl.where((alive != 0)[:, None], total, 0.0)

@@ -9,7 +9,7 @@ H100 memory allows 34 float32 operations per 4 bytes. Programs: tiles of rows x 
 import triton
 import triton.language as tl
 
-from logitless.kernels.chunk import load_row, load_scaled, scale
+from logitless.kernels.chunk import load_floor, load_row, load_scaled, scale
 from logitless.kernels.elementary import LOWEST, times
 from logitless.kernels.online import join, reported, step
 
@@ -17,8 +17,8 @@ from logitless.kernels.online import join, reported, step
 @triton.jit
 def statistics(
     # the chunks
-    student, student_stride, student_bias, student_inner,
-    teacher, teacher_stride, teacher_bias, teacher_inner,
+    student, student_stride, student_bias, student_inner, student_floor,
+    teacher, teacher_stride, teacher_bias, teacher_inner, teacher_floor,
     outer,  # [1 or 2, rows]: of the student, of the teacher
     targets,  # [rows] int64, or anything without TARGETS
     weights,  # [columns], or anything without WEIGHTS
@@ -28,8 +28,8 @@ def statistics(
     argmax,  # [parts, rows] int64
     # sizes
     rows, columns, part_columns, parts,
-    STUDENT_BIAS: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
-    PAIR: tl.constexpr, TEACHER_BIAS: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr, STUDENT_CAPPED: tl.constexpr, STUDENT_FILTERED: tl.constexpr,
+    PAIR: tl.constexpr, TEACHER_BIAS: tl.constexpr, TEACHER_CAPPED: tl.constexpr, TEACHER_FILTERED: tl.constexpr,
     TARGETS: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr, WEIGHTED: tl.constexpr,
     WEIGHTS: tl.constexpr, ARGMAX: tl.constexpr, MOMENTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -41,6 +41,7 @@ def statistics(
     end = tl.minimum(begin + part_columns, columns)
     lane = tl.arange(0, BLOCK)
     outer_s = load_row(outer, 0, row, live, rows)
+    floor_s = load_floor(student_floor, row, live, STUDENT_FILTERED)
 
     m = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -51,6 +52,7 @@ def statistics(
     place = tl.zeros([ROWS, BLOCK], tl.int32) + (begin + lane)[None, :]
     if PAIR:
         outer_t = load_row(outer, 1, row, live, rows)
+        floor_t = load_floor(teacher_floor, row, live, TEACHER_FILTERED)
         m_t = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
         total_t = tl.zeros([ROWS, BLOCK], tl.float32)
         forward = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -60,8 +62,9 @@ def statistics(
         j = start + lane
         inside = live[:, None] & (j < end)[None, :]
         s, _ = load_scaled(
-            student, student_stride, student_bias, student_inner, outer_s, row, j, inside, STUDENT_BIAS, STUDENT_CAPPED
-        )
+            student, student_stride, student_bias, student_inner, outer_s, floor_s, row, j, inside,
+            STUDENT_BIAS, STUDENT_CAPPED, STUDENT_FILTERED,
+        )  # fmt: skip
         if ARGMAX:
             place = tl.where(s > m, j[None, :], place)
         m, rise, old, new = step(s, m)
@@ -79,8 +82,8 @@ def statistics(
             square = square * old * old + new * new
         if PAIR:
             t, _ = load_scaled(
-                teacher, teacher_stride, teacher_bias, teacher_inner, outer_t, row, j, inside,
-                TEACHER_BIAS, TEACHER_CAPPED,
+                teacher, teacher_stride, teacher_bias, teacher_inner, outer_t, floor_t, row, j, inside,
+                TEACHER_BIAS, TEACHER_CAPPED, TEACHER_FILTERED,
             )  # fmt: skip
             m_t, rise_t, old_t, new_t = step(t, m_t)
             if MOMENTS:
@@ -105,6 +108,8 @@ def statistics(
         if STUDENT_BIAS:
             bias_y = tl.load(student_bias + y, mask=here, other=0.0)[:, None]
         s_y, _ = scale(z_y, bias_y, student_inner, outer_s, STUDENT_BIAS, STUDENT_CAPPED)
+        if STUDENT_FILTERED:
+            s_y = tl.where(z_y + bias_y < floor_s, float("-inf"), s_y)
         to += field
         tl.store(to, tl.where(here, tl.reshape(s_y, [ROWS]), 0.0).to(tl.float64), mask=live)
     if ENTROPY:

@@ -30,6 +30,34 @@ def transform(z, *, scale=1.0, softcap=None, temperature=1.0, vocab_size=None) -
     return (z / temperature)[..., :vocab_size]
 
 
+def kept(s, *filters) -> Tensor:
+    """[..., V] bool: what is left after filters ("min_p", p), ("top_k", k), ("top_p", p), ("ids", [..., K]) in order.
+
+    By sorting. Tokens as probable as the least probable one that is kept are kept too.
+    """
+    with torch.no_grad():
+        mask = torch.ones_like(s, dtype=torch.bool)
+        for name, parameter in filters:
+            q = torch.where(mask, s, -torch.inf).softmax(-1)
+            ordered = q.sort(-1, descending=True).values
+            if name == "min_p":
+                mask &= q >= parameter * ordered[..., :1]
+            elif name == "top_k":
+                mask &= q >= ordered[..., min(parameter, q.shape[-1]) - 1, None]
+            elif name == "top_p":
+                needed = ordered.cumsum(-1) - ordered < parameter
+                mask &= q >= torch.where(needed, ordered, 1).amin(-1, keepdim=True)
+            else:
+                found = torch.zeros(*s.shape[:-1], s.shape[-1] + 1, dtype=torch.bool, device=s.device)
+                mask &= found.scatter(-1, parameter % found.shape[-1], True)[..., :-1]  # -1: the column that is cut
+        return mask
+
+
+def filtered(s, mask) -> Tensor:
+    """Logits of the kept tokens, whose choice is a constant; -inf for the others."""
+    return torch.where(mask, s, -torch.inf)
+
+
 def cross_entropy(s, y, *, label_smoothing=0.0, class_weights=None):
     class_weights = None if class_weights is None else class_weights.to(s.dtype)
     return F.cross_entropy(s, y, weight=class_weights, label_smoothing=label_smoothing, reduction="none")

@@ -127,7 +127,24 @@ def valid(case: dict) -> bool:
     return not (needs(case, ROW_FUNCTIONS) and case["workspace"] == "tight")
 
 
+SUPPORTS = {
+    "min_p": [("min_p", 0.1)],
+    "top_k": [("top_k", 7)],
+    "top_p": [("top_p", 0.8)],
+    "in order": [("top_k", 20), ("top_p", 0.7), ("min_p", 0.05)],
+    "ids": [],  # of tokens that are drawn for each case
+}
+ON_SUPPORTS = ["cross_entropy", "class_weights", "z_loss", "logprob", "reverse_kl", "jsd"]  # finite ones
+
+
+def valid_on_support(case: dict) -> bool:
+    needs_all = needs(case, WITH_TEACHER) or case["objective"] == "class_weights"
+    return valid(case) and not (case["keep"] == "ids" and needs_all)
+
+
 CASES = pairwise(FACTORS, valid)
+SHORT = [shape for shape in FACTORS["shape"] if shape[2] < 4099]
+KEPT = pairwise(FACTORS | {"objective": ON_SUPPORTS, "shape": SHORT, "keep": list(SUPPORTS)}, valid_on_support)
 MORE = sample(FACTORS, valid, 1500)
 
 
@@ -192,6 +209,11 @@ class Inputs:
             self.targets[torch.rand(self.leading, generator=generator) < 0.4] = -100
         if case["targets"] == "all_ignored":
             self.targets[:] = -100
+        self.keep, self.mask = None, None
+        if case.get("keep"):
+            self.keep, self.mask = self.support(SUPPORTS[case["keep"]])
+            some = self.mask.double().reshape(n, v).multinomial(1, generator=generator).reshape(self.leading)
+            self.targets = torch.where(self.targets == -100, -100, some)
         self.weights = torch.rand(self.leading, generator=generator) if case["weights"] else None
         self.upstream = torch.randn(self.leading, generator=generator, dtype=torch.float64)
         self.objective = [
@@ -199,6 +221,20 @@ class Inputs:
         ]
         wanted = case["strategy"] != "forward"
         self.wants = [wanted and not (case["frozen_head"] and i > 0) for i in range(len(self.student))]
+
+    def support(self, filters: list) -> tuple[object, Tensor]:
+        """(what to pass as ``keep``, the [..., V] mask of what it keeps)."""
+        kinds = {"min_p": ll.MinP, "top_k": ll.TopK, "top_p": ll.TopP}
+        keep = tuple(kinds[name](parameter) for name, parameter in filters)
+        if not filters:  # recorded tokens: padded, some of them twice
+            steps = torch.arange(8) * torch.tensor(range(1, 1 + self.case["shape"][0])).reshape(*self.leading, 1)
+            filters = [("ids", torch.where(torch.arange(8) == 4, -1, steps % self.case["shape"][2]))]
+            keep = (ll.KeepIds(filters[0][1]),)
+        s = self.logits([x.double() for x in self.student])
+        return keep if len(keep) > 1 else keep[0], reference.kept(s, *filters)
+
+    def logits(self, tensors: list[Tensor]) -> Tensor:
+        return (reference.transform if len(tensors) == 1 else reference.logits)(*tensors, **self.options)
 
     def per_token(self, options: dict) -> dict:
         """Lists among the options of a term as tensors."""
@@ -239,6 +275,7 @@ class Inputs:
             weights=self.weights,
             reduction=case["reduction"],
             denominator=torch.tensor(7.5) if case["denominator"] == "tensor" else case["denominator"],
+            keep=self.keep,
             strategy=case["strategy"],
             product=case.get("product", "auto"),
             workspace=self.workspace(),
@@ -264,13 +301,12 @@ class Inputs:
         work_s = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in inputs_s]
         work_t = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in inputs_t]
 
-        def logits(tensors: list[Tensor]) -> Tensor:
-            return (reference.transform if len(tensors) == 1 else reference.logits)(*tensors, **self.options)
-
         live = torch.ones(self.leading, dtype=torch.bool)
         if case["targets"] != "none":
             live = self.targets != -100
-        s, t = logits(work_s)[live], logits(work_t)[live]
+        s, t = self.logits(work_s)[live], self.logits(work_t)[live]
+        if self.mask is not None:
+            s = reference.filtered(s, self.mask[live])
         y = self.targets[live]
         temperature = self.options.get("temperature", 1.0)
         temperature = temperature[live].to(dtype) if isinstance(temperature, Tensor) else temperature
@@ -352,6 +388,13 @@ def identify(case: dict) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=identify)
 def test_objective(backend: str, case: dict) -> None:
+    if backend != "torch" and case["dtype"] == "float64":
+        pytest.skip("the kernels compute in float32; float64 is the torch backend's")
+    check(case)
+
+
+@pytest.mark.parametrize("case", KEPT, ids=identify)
+def test_on_filtered_support(backend: str, case: dict) -> None:
     if backend != "torch" and case["dtype"] == "float64":
         pytest.skip("the kernels compute in float32; float64 is the torch backend's")
     check(case)

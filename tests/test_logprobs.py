@@ -23,11 +23,14 @@ FACTORS = {
     "ignored": [False, True],
     "compact": [None, False],
     "workspace": ["auto", "tight"],
+    "keep": [None, [("min_p", 0.2)], [("top_k", 5)], [("top_p", 0.8)], [("top_k", 20), ("top_p", 0.7)], "ids"],
 }
 
 
 def valid(case: dict) -> bool:
     if case["student"] == "dense" and (case["frozen_head"] or case["bias"]):
+        return False
+    if case["strategy"] == "frozen" and case["keep"] == "ids":
         return False
     if case["strategy"] == "frozen":
         return case["frozen_head"] and not case["wanted"]
@@ -59,6 +62,10 @@ def draw(case: dict) -> list[dict]:
         inputs += [torch.randn(v).to(dtype)] if case["bias"] else []
     wants = [case["strategy"] != "forward" and (i == 0 or not case["frozen_head"]) for i in range(len(inputs))]
     targets = torch.randint(0, v, (n,))
+    keep, filters = filters_of(case["keep"], n, v)
+    if keep is not None:  # targets that are not kept have tests of their own
+        mask = reference.kept(_dense(inputs, torch.float64, case["options"])[1], *filters)
+        targets = mask.double().multinomial(1)[:, 0]
     if case["ignored"]:
         targets[::3] = -100
     names = ["logprob", "lse", "target_logit", *case["wanted"]]
@@ -73,6 +80,7 @@ def draw(case: dict) -> list[dict]:
             logits,
             targets,
             **{name: True for name in case["wanted"]},
+            keep=keep,
             strategy=case["strategy"],
             compact=case["compact"],
             workspace="auto" if case["workspace"] == "auto" else 12 * v + 20000,
@@ -83,6 +91,7 @@ def draw(case: dict) -> list[dict]:
         live = targets != -100
         with torch.no_grad():
             s = _dense(leaves, torch.float64, case["options"])[1]
+            s = s if keep is None else reference.filtered(s, mask)
             assert torch.equal(stats.argmax[live], s.argmax(-1)[live])
             within_bar("max", stats.max_logit[live], s.amax(-1)[live], s.float().amax(-1)[live])
         assert not stats.max_logit[~live].any() and not stats.argmax[~live].any()
@@ -90,6 +99,7 @@ def draw(case: dict) -> list[dict]:
 
     def dense(kind: torch.dtype):
         leaves, s = _dense(inputs, kind, case["options"], wants)
+        s = s if keep is None else reference.filtered(s, mask)
         live = targets != -100
         found = {}
         for name in names:
@@ -110,6 +120,19 @@ def draw(case: dict) -> list[dict]:
         assert outcomes[0][f"gradient {i}"].dtype == dtype
         outcomes[2][f"gradient {i}"] = outcomes[2][f"gradient {i}"].to(dtype)
     return outcomes
+
+
+def filters_of(which, n: int, v: int):
+    """(what to pass as ``keep``, filters of reference.kept)."""
+    kinds = {"min_p": ll.MinP, "top_k": ll.TopK, "top_p": ll.TopP}
+    if which is None:
+        return None, []
+    if which == "ids":
+        ids = torch.randint(-1, v, (n, 7))
+        ids[:, 3] = torch.randint(0, v, (n,))
+        return ll.KeepIds(ids), [("ids", ids)]
+    keep = tuple(kinds[name](parameter) for name, parameter in which)
+    return keep if len(keep) > 1 else keep[0], which
 
 
 def _dense(inputs, dtype, options, wants=None):

@@ -143,6 +143,15 @@ def near(student: Chunk, *, bias: bool = False) -> Chunk:
     return replace(teacher, z=strided(student.z + 0.3 * teacher.z))
 
 
+def filtered(chunk: Chunk) -> Chunk:
+    """With floors between its columns: under all, in the middle, and under the largest alone."""
+    x = specification.raw(chunk).sort(-1).values
+    between = torch.cat([torch.full((len(x), 1), -INFINITY), (x[:, :-1] + x[:, 1:]) / 2], -1)
+    places = torch.randint(0, x.shape[1], (len(x),))
+    places[::3], places[1::3] = x.shape[1] - 1, 0
+    return replace(chunk, floor=between.gather(1, places[:, None])[:, 0])
+
+
 def with_z(chunk: Chunk, z: Tensor) -> Chunk:
     return replace(chunk, z=strided(z))
 
@@ -255,6 +264,35 @@ def test_statistics(columns, bias, softcap, paired):
     assert "target" not in without_targets
 
 
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("softcap", [None, 20.0], ids=["", "softcap"])
+def test_filtered_statistics(columns, bias, softcap):
+    """Columns below a row's floor do not exist: not for a sum, not for the maximum, and not as a target."""
+    student = filtered(make(columns, bias=bias, softcap=softcap))
+    given = {"targets": targets_of(columns), "weights": 0.1 + torch.rand(columns)}
+    found = check_statistics(student, None, **given)
+    rows = torch.arange(len(student.z))
+    y = given["targets"]
+    below = specification.raw(student)[rows, y.clamp(0, columns - 1)] < student.floor
+    assert torch.equal(found["target"] == -INFINITY, below & (y >= 0) & (y < columns))
+    check_statistics(student, near(student), **given)
+    exchanged = kernels.statistics(near(student), student, targets=None, weights=None, wanted=frozenset())
+    torch.testing.assert_close(exchanged["teacher_sum"], found["sum"], rtol=1e-6, atol=0)
+    open_floor = replace(student, floor=torch.full_like(student.floor, -INFINITY))
+    plain = kernels.statistics(replace(student, floor=None), None, wanted=WANTED, **given)
+    for name, value in kernels.statistics(open_floor, None, wanted=WANTED, **given).items():
+        assert torch.equal(value, plain[name]), name
+
+
+def test_what_ties_at_the_floor_is_kept():
+    z = torch.randint(-3, 4, (48, 100)).float()
+    chunk = Chunk(z, None, None, torch.ones(48), floor=torch.randint(-3, 3, (48,)).float())
+    found = kernels.statistics(chunk, None, targets=None, weights=None, wanted=frozenset())
+    kept = torch.where(z >= chunk.floor[:, None], (z - z.amax(-1, keepdim=True)).double().exp(), 0).sum(-1)
+    torch.testing.assert_close(found["sum"], kept, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_statistics_at_an_offset(offset):
     student = make(1000)
@@ -315,7 +353,9 @@ def check_row_sum(backend, row_sum, student: Chunk, teacher: Chunk) -> tuple[Ten
 
 
 def shaped(student: Chunk, teacher: Chunk, shape: str) -> tuple[Chunk, Chunk]:
-    """The pair as it is, far apart, or with columns of -inf on one side and on both."""
+    """The pair as it is, far apart, with columns of -inf on one side and on both, or a student without some columns."""
+    if shape == "filtered":
+        return filtered(student), teacher
     if shape == "apart":
         away = torch.randn_like(student.z).sign() * 120
         return with_z(student, student.z + away), with_z(teacher, teacher.z - away)
@@ -328,7 +368,7 @@ def shaped(student: Chunk, teacher: Chunk, shape: str) -> tuple[Chunk, Chunk]:
 
 
 @pytest.mark.parametrize("columns", [17, 1000])
-@pytest.mark.parametrize("shape", ["near", "apart", "masked student", "masked teacher"])
+@pytest.mark.parametrize("shape", ["near", "apart", "masked student", "masked teacher", "filtered"])
 @pytest.mark.parametrize("row_sum", ROW_SUMS, ids=str)
 def test_every_row_sum(row_sum, shape, columns):
     student = make(columns, bias=True, softcap=20.0 if shape == "near" else None)
@@ -370,6 +410,21 @@ def test_gradient(columns, softcap, names):
     teacher = near(student) if names & {"p", "q_log_ratio", "jsd"} else None
     for ones in (False, True):
         check_gradient(student, teacher, normalizers_of(student, teacher), combination_of(names, columns, ones=ones))
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("softcap", [None, 20.0], ids=["", "softcap"])
+def test_filtered_gradient(columns, softcap):
+    """Exactly 0 at columns that are not kept, whatever the combination holds there."""
+    student = filtered(make(columns, bias=True, softcap=softcap))
+    combination = combination_of(MIXTURES[-1], columns)
+    dropped = specification.raw(student) < student.floor[:, None]
+    combination.rows[dropped & (torch.rand(dropped.shape) < 0.5)] = float("nan")
+    for teacher in (near(student), filtered(near(student))):
+        ours = check_gradient(student, teacher, normalizers_of(student, teacher), combination)
+        assert bool((ours[dropped] == 0).all()) and bool((ours[~dropped] != 0).any())
+    one_hot = combination_of(frozenset({"one_hot", "q"}), columns)
+    check_gradient(student, None, normalizers_of(student, None), one_hot)
 
 
 def test_gradient_of_several_divergences():

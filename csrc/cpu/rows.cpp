@@ -14,95 +14,12 @@
 // Accuracy: differences to the maximum first, exponentials of those; sums in float within a block, in double across
 // blocks. Nothing that the linker could share with another copy may be used here (see number.h), so no std:: templates.
 
-#include "rows.h"
-
-#include "simd.h"
+#include "sweep.h"
 
 namespace logitless {
 namespace {
 
-constexpr float infinity = __builtin_inff();
-constexpr int width = Vector::size;
-constexpr int block = 512;   // floats: a handful of such buffers stay in the first-level cache
-constexpr int ahead = 1024;  // floats: the distance of prefetches
-
-LL_FUNCTION void prefetch(const float* from) { __builtin_prefetch(from + ahead); }
-
-LL_FUNCTION float finite(float maximum) { return maximum == -infinity ? 0.0f : maximum; }
-
-// Denormals count as zero while this lives: products of small probabilities would be slow otherwise (elementary.h).
-class FlushDenormals {
-#if defined(__SSE__)
-    const unsigned saved = _mm_getcsr();
-
-public:
-    FlushDenormals() { _mm_setcsr(saved | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(saved); }
-#else
-public:
-    FlushDenormals() {}
-#endif
-};
-
-// How a vector at a column is read and written: all of it, or its first columns at the end of a row.
-struct Whole {
-    LL_FUNCTION Vector load(const float* from) const { return Vector::load(from); }
-    LL_FUNCTION void store(Vector v, float* to) const { v.store(to); }
-    LL_FUNCTION Vector only(Vector v) const { return v; }
-};
-
-struct Part {
-    int count;
-
-    LL_FUNCTION Vector load(const float* from) const {
-        float lanes[width] = {};
-        std::memcpy(lanes, from, count * sizeof(float));
-        return Vector::load(lanes);
-    }
-    LL_FUNCTION void store(Vector v, float* to) const {
-        float lanes[width];
-        v.store(lanes);
-        std::memcpy(to, lanes, count * sizeof(float));
-    }
-    LL_FUNCTION Vector only(Vector v) const {  // 0 in the other lanes
-        float lanes[width] = {};
-        store(v, lanes);
-        return Vector::load(lanes);
-    }
-};
-
-// body(column, access) for every vector of [begin, end).
-template <class Body>
-LL_FUNCTION void sweep(std::int64_t begin, std::int64_t end, const Body& body) {
-    std::int64_t j = begin;
-    for (; j + width <= end; j += width) body(j, Whole{});
-    if (j < end) body(j, Part{static_cast<int>(end - j)});
-}
-
-// One row of a chunk.
-struct Row {
-    const float* z;
-    const float* bias;
-    float outer, inner;
-    bool capped;
-
-    LL_FUNCTION Row(const Chunk& chunk, std::int64_t row)
-        : z(chunk.z + row * chunk.stride), bias(chunk.bias), outer(chunk.outer[row]), inner(chunk.inner),
-          capped(chunk.capped) {}
-
-    struct Scaled {
-        Vector s, slope;  // slope = ds/dz
-    };
-
-    template <class Access>
-    LL_FUNCTION Scaled scaled(Access access, std::int64_t j) const {
-        Vector x = access.load(z + j);
-        if (bias) x = x + access.load(bias + j);
-        if (!capped) return {Vector(outer) * x, Vector(outer)};
-        const Vector y = tanh(Vector(inner) * x);
-        return {Vector(outer) * y, Vector(outer * inner) * fma(-y, y, Vector(1.0f))};
-    }
-};
+constexpr int block = 512;  // floats: a handful of such buffers stay in the first-level cache
 
 // Its softmax, given the normalizers.
 struct Distribution : Row {
@@ -112,26 +29,6 @@ struct Distribution : Row {
         : Row(chunk, row), max(finite(max[row])), log_sum(log_sum[row]) {}
 
     LL_FUNCTION Vector log_probability(Vector s) const { return (s - Vector(max)) - Vector(log_sum); }
-};
-
-// A running sum of block sums: lanes in double, added up at the end of the row.
-struct Sum {
-    double lanes[width] = {};
-
-    LL_FUNCTION void add(Vector v) {
-        float values[width];
-        v.store(values);
-        for (int i = 0; i < width; ++i) lanes[i] += values[i];
-    }
-    // factor * (this + shift * other); a factor of 0 gives 0
-    void rescale(double factor, double shift, const Sum& other) {
-        for (int i = 0; i < width; ++i) lanes[i] = factor == 0 ? 0 : factor * (lanes[i] + shift * other.lanes[i]);
-    }
-    double total() const {
-        double sum = 0;
-        for (double lane : lanes) sum += lane;
-        return sum;
-    }
 };
 
 // ------------------------------------------------------------------------------------------------------- statistics
@@ -164,7 +61,8 @@ struct Side {
         for (int j = count; j < padded(count); ++j) shifted[j] = -infinity;
     }
     LL_FUNCTION void load(const Row& row, std::int64_t begin, int count) {
-        fill(count, [&](std::int64_t j, auto access) { return row.scaled(access, begin + j).s; });
+        if (row.filtered) fill(count, [&](std::int64_t j, auto access) { return row.scaled(access, begin + j).s; });
+        else fill(count, [&](std::int64_t j, auto access) { return row.template scaled<false>(access, begin + j).s; });
     }
 
     LL_FUNCTION float block_max(int count) const {
@@ -368,6 +266,7 @@ LL_FUNCTION void mix(const Gradient& call, const Pairing& pair, std::int64_t row
     }
 }
 
+template <bool filtered>
 void gradient_row(const Gradient& call, std::int64_t row) {
     const std::int64_t columns = call.chunks.columns;
     float* out = call.out + row * call.out_stride;
@@ -403,7 +302,7 @@ void gradient_row(const Gradient& call, std::int64_t row) {
         if (call.divergence_count) mix(call, pair, row, begin, end, mixed);
         sweep(begin, end, [&](std::int64_t j, auto access) {
             prefetch(student.z + j);
-            const auto [s, slope] = student.scaled(access, j);
+            const auto [s, slope] = student.template scaled<filtered>(access, j);
             const Vector log_q = student.log_probability(s);
             const Vector q = exp(log_q);
             Vector total(0.0f);
@@ -420,7 +319,7 @@ void gradient_row(const Gradient& call, std::int64_t row) {
             if (call.divergence_count) total = total + Vector::load(mixed + (j - begin));
             if (rows) total = total + access.load(rows + j);
             if (j == hot) total = total + Vector::load(one_hot);
-            access.store(slope * total, out + j);
+            access.store(filtered ? times(slope, total) : slope * total, out + j);
         });
     }
 }
@@ -441,13 +340,16 @@ void generic(const Generic& call, std::int64_t begin, std::int64_t end) {
 
 void gradient(const Gradient& call, std::int64_t begin, std::int64_t end) {
     const FlushDenormals guard;
-    for (std::int64_t row = begin; row < end; ++row) gradient_row(call, row);
+    const auto one = call.chunks.student.floor ? gradient_row<true> : gradient_row<false>;
+    for (std::int64_t row = begin; row < end; ++row) one(call, row);
 }
 
 }  // namespace
 
 #define LL_TEXT_(name) #name
 #define LL_TEXT(name) LL_TEXT_(name)
-const Kernels LL_COPY = {LL_TEXT(LL_COPY), statistics, generic, gradient};
+#define LL_JOIN_(a, b) a##b
+#define LL_JOIN(a, b) LL_JOIN_(a, b)
+const Kernels LL_COPY = {LL_TEXT(LL_COPY), statistics, generic, gradient, LL_JOIN(tokens_, LL_COPY)};
 
 }  // namespace logitless

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../math/divergences.h"
+#include "tokens.h"
 
 namespace logitless {
 
@@ -18,6 +19,7 @@ struct Chunk {  // s = outer * phi(inner * (z + bias)), phi the identity (then i
     const float* outer = nullptr;  // per row
     float inner = 0;
     bool capped = false;
+    const float* floor = nullptr;  // per row, null means none: s = -inf where z + bias < floor, and slope 0 where s = -inf
 };
 
 struct Pair {  // what all kernels read
@@ -71,6 +73,7 @@ struct Kernels {
     void (*statistics)(const Statistics&, std::int64_t begin, std::int64_t end);
     void (*generic)(const Generic&, std::int64_t begin, std::int64_t end);
     void (*gradient)(const Gradient&, std::int64_t begin, std::int64_t end);
+    TokenKernel* tokens;
 };
 
 extern const Kernels baseline;

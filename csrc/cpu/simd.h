@@ -52,10 +52,14 @@ struct Bits {
 LL_FUNCTION Vector operator+(Vector a, Vector b) { return {a.v + b.v}; }
 LL_FUNCTION Vector operator-(Vector a, Vector b) { return {a.v - b.v}; }
 LL_FUNCTION Vector operator*(Vector a, Vector b) { return {a.v * b.v}; }
+LL_FUNCTION Vector operator/(Vector a, Vector b) { return {a.v / b.v}; }
 LL_FUNCTION Vector operator-(Vector a) { return {-a.v}; }
 
 LL_FUNCTION Mask operator>(Vector a, Vector b) { return {a.v > b.v}; }
 LL_FUNCTION Mask operator==(Vector a, Vector b) { return {a.v == b.v}; }
+LL_FUNCTION Mask operator&(Mask a, Mask b) { return {a.v & b.v}; }
+LL_FUNCTION Mask operator|(Mask a, Mask b) { return {a.v | b.v}; }
+LL_FUNCTION Mask operator!(Mask a) { return {~a.v}; }
 LL_FUNCTION Vector select(Mask mask, Vector yes, Vector no) { return {mask.v ? yes.v : no.v}; }
 
 LL_FUNCTION Bits operator&(Bits a, std::int32_t b) { return {a.v & b}; }
@@ -90,6 +94,38 @@ LL_FUNCTION Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
 #endif
 #endif
 
+// 1 / x, to one unit in the last place, and 0 at 0.
+#if defined(__AVX512F__)
+LL_FUNCTION Vector reciprocal(Vector x) {
+    const Vector y = {_mm512_maskz_rcp14_ps(-1, x.v)};  // a division takes four times as long
+    return select(x == Vector(0.0f), Vector(0.0f), fma(y, fma(-x, y, Vector(1.0f)), y));
+}
+#else
+LL_FUNCTION Vector reciprocal(Vector x) { return select(x == Vector(0.0f), Vector(0.0f), {Vector(1.0f).v / x.v}); }
+#endif
+
+// x cut to [-1, 1].
+#if defined(__AVX512DQ__)
+LL_FUNCTION Vector cut_to_one(Vector x) { return {_mm512_range_ps(x.v, _mm512_set1_ps(1.0f), 0b0010)}; }
+#else
+LL_FUNCTION Vector cut_to_one(Vector x) { return max(min(x, Vector(1.0f)), Vector(-1.0f)); }
+#endif
+
+LL_FUNCTION float total(Vector x) {
+#if defined(__AVX512F__)
+    const __m512 half = x.v + _mm512_mask_shuffle_f32x4(x.v, -1, x.v, x.v, 0x4e);
+    const __m512 quarter = half + _mm512_mask_shuffle_f32x4(half, -1, half, half, 0xb1);
+    const __m512 two = quarter + _mm512_mask_permute_ps(quarter, -1, quarter, 0x4e);
+    return two[0] + two[1];
+#else
+    float lanes[Vector::size];
+    x.store(lanes);
+    for (int n = Vector::size / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+    return lanes[0];
+#endif
+}
+
 LL_FUNCTION float largest(Vector x) {
     float lanes[Vector::size];
     x.store(lanes);
@@ -97,6 +133,53 @@ LL_FUNCTION float largest(Vector x) {
         for (int i = 0; i < n; ++i) lanes[i] = max(lanes[i + n], lanes[i]);
     return lanes[0];
 }
+
+// The first `count` numbers, and 0 in the other lanes; the rest of memory is not touched.
+LL_FUNCTION Vector load_first(const float* from, int count) {
+    if (count == Vector::size) return Vector::load(from);
+    float lanes[Vector::size] = {};
+    std::memcpy(lanes, from, count * sizeof(float));
+    return Vector::load(lanes);
+}
+LL_FUNCTION void store_first(Vector v, float* to, int count) {
+    if (count == Vector::size) return v.store(to);
+    float lanes[Vector::size];
+    v.store(lanes);
+    std::memcpy(to, lanes, count * sizeof(float));
+}
+
+// Which of the first `count` lanes are wanted; a null pointer: all of them.
+LL_FUNCTION Mask load_first(const bool* from, int count) {
+    typedef unsigned char Bytes __attribute__((vector_size(Vector::size)));
+    Bytes bytes = {};
+    if (from) {
+        std::memcpy(&bytes, from, count);
+    } else {
+        std::memset(&bytes, 1, count);
+    }
+    return {__builtin_convertvector(bytes, Ints) != 0};
+}
+
+// A running sum of vectors, such as those of a block's sums: lanes in double, added up at the end.
+struct Sum {
+    double lanes[Vector::size] = {};
+
+    LL_FUNCTION void add(Vector v) {
+        float values[Vector::size];
+        v.store(values);
+        for (int i = 0; i < Vector::size; ++i) lanes[i] += values[i];
+    }
+    // factor * (this + shift * other); a factor of 0 gives 0
+    void rescale(double factor, double shift, const Sum& other) {
+        for (int i = 0; i < Vector::size; ++i)
+            lanes[i] = factor == 0 ? 0 : factor * (lanes[i] + shift * other.lanes[i]);
+    }
+    double total() const {
+        double sum = 0;
+        for (double lane : lanes) sum += lane;
+        return sum;
+    }
+};
 
 }  // namespace
 }  // namespace logitless

@@ -144,7 +144,8 @@ struct Span {
     }
 };
 
-// One row of a chunk. x = phi(inner (z + bias)), s = outer x. What all rows share stays in the launch's constants.
+// One row of a chunk. x = phi(inner (z + bias)), or -inf below the floor, s = outer x. What all rows share stays in the
+// launch's constants.
 struct Side {
     const Chunk& chunk;
     std::int64_t row;
@@ -158,13 +159,20 @@ struct Side {
     __device__ __forceinline__ Span span(std::int64_t columns) const { return {z(), chunk.type, columns}; }
     __device__ __forceinline__ Quad read(const Span& span, int v) const { return span.read(z(), chunk.type, v); }
 
-    __device__ __forceinline__ bool plain() const { return !chunk.bias && !chunk.capped; }  // x = z
+    __device__ __forceinline__ bool plain() const { return !chunk.bias && !chunk.capped && !chunk.floor; }  // x = z
     __device__ __forceinline__ Quad phi(const Span& span, int v, Quad z) const {
         if (chunk.bias) {
             const Quad b = span.read(chunk.bias, v);
             z = each([&](int k) { return z.at[k] + b.at[k]; });
         }
+        unsigned below = 0;
+        if (chunk.floor) {
+            const float floor = chunk.floor[row];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) below |= static_cast<unsigned>(z.at[k] < floor) << k;
+        }
         if (chunk.capped) z = each([&](int k) { return tanh(chunk.inner * z.at[k]); });
+        if (chunk.floor) z = each([&](int k) { return below >> k & 1 ? -infinity : z.at[k]; });
         return z;
     }
 
@@ -175,8 +183,10 @@ struct Side {
         return s;
     }
 
-    __device__ __forceinline__ float slope(float x) const {  // ds/dz
-        return chunk.capped ? outer * chunk.inner * fma(-x, x, 1.0f) : outer;
+    // ds/dz times g
+    __device__ __forceinline__ float pull(float x, float g) const {
+        if (chunk.floor && x == -infinity) return 0.0f;
+        return chunk.capped ? outer * chunk.inner * fma(-x, x, 1.0f) * g : outer * g;
     }
 };
 
@@ -362,7 +372,7 @@ __device__ __forceinline__ Quad combine(const Combination& c, const Row& r, cons
     }
     return each([&](int k) {
         const float all = span.column(v) + k == target ? out.at[k] + r.one_hot : out.at[k];
-        return student.slope(x.at[k]) * all;
+        return student.pull(x.at[k], all);
     });
 }
 

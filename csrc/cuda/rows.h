@@ -26,6 +26,7 @@ struct Chunk {  // s = outer * phi(inner * (z + bias)), phi the identity (then i
     const float* outer;  // per row
     float inner;
     bool capped;
+    const float* floor;  // per row, null means none: s = -inf where z + bias < floor, and slope 0 where s = -inf
 };
 
 struct Statistics {

@@ -23,6 +23,7 @@ from logitless.engine.problem import register_term
 from logitless.engine.statistics import Coefficients, RowContext
 from logitless.logits import Logits, check_constant, check_floating, check_number, check_per_token
 from logitless.ops.loss import LossResult, evaluate
+from logitless.support import Keep
 
 
 class Summand:
@@ -103,6 +104,7 @@ class Objective:
         weights: Tensor | None = None,
         reduction: str = "mean",
         denominator: float | Tensor | None = None,
+        keep: Keep | None = None,
         ignore_index: int = -100,
         teacher_grad: bool = False,
         compact: bool | None = None,
@@ -123,6 +125,10 @@ class Objective:
                 not ignored (for terms with class weights by the sum of their targets' class weights, as torch does);
                 "sum" divides by nothing; "none" returns weighted losses per token, [...].
             denominator: positive number or 0-d tensor, for "mean".
+            keep: a filter of the student's tokens, or several in order, see :func:`logitless.logprobs`: terms see the
+                distribution renormalised over the kept tokens. A target that is not kept has log-probability -inf, so
+                make it ignored (or give its term a factor of 0) unless the loss stands that; its gradient is 0. A
+                teacher is not filtered: p need not vanish where q does, and forward KL is then infinite.
             ignore_index: tokens with this target contribute exactly 0 and do not count.
             teacher_grad: whether the teacher gets a gradient too.
             compact: drop ignored tokens before the matrix products; None: on CPUs (on a GPU it synchronises once).
@@ -146,6 +152,7 @@ class Objective:
             weights=weights,
             reduction=reduction,
             denominator=denominator,
+            keep=keep,
             ignore_index=ignore_index,
             teacher_grad=teacher_grad,
             compact=compact,
@@ -294,8 +301,7 @@ class TargetLogit(Term):
         return rows["target"] + rows["max"]
 
     def coefficients(self, rows: RowContext, u: Tensor, into: Coefficients) -> None:
-        into.add("one_hot", u)
-        into.add("q", u)  # against the balance: alone among these, it is not invariant to a shift of the logits
+        into.add("one_hot_alone", u)  # alone among these, it is not invariant to a shift of the logits
 
 
 @register_term

@@ -10,7 +10,9 @@ be float16 or bfloat16) and these functions, on *chunks* of logits (some rows of
 
 **Chunk.** A chunk holds raw products ``z`` and what turns them into scaled logits,
 ``s = outer * phi(inner * (z + bias))``, with ``phi`` the identity (``inner is None``) or tanh. ``outer`` is one number
-per row; temperature, scale and softcap are folded into ``inner`` and ``outer``.
+per row; temperature, scale and softcap are folded into ``inner`` and ``outer``. Beside a ``floor`` columns with
+``z + bias < floor`` do not exist: s is -inf there (of a target too), and ds/dz is 0 wherever s is -inf, whatever it
+multiplies. So kernels drop a one-hot at such a column; that its balance goes too is up to who gives the coefficient.
 
 **Accumulators** are joined, never finished, inside a kernel: :func:`logitless.engine.statistics.join` joins those of
 column ranges, :func:`~logitless.engine.statistics.finish` turns them into statistics. Float64, per row [rows], or
@@ -82,11 +84,12 @@ class Chunk:
     bias: Tensor | None  # [columns], compute type
     inner: float | None  # softcap: scale / softcap; None without one
     outer: Tensor  # [rows], compute type: (softcap or scale) / temperature
+    floor: Tensor | None = None  # [rows], compute type: filtered support
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A linear head before its product: z = hidden weight^T. The rest as in :class:`Chunk`."""
+    """A linear head before its product: z = hidden weight^T. The rest as in :class:`Chunk`, without a floor."""
 
     hidden: Tensor  # [rows, H], last stride 1
     weight: Tensor  # [columns, H] of the same type, last stride 1
@@ -131,6 +134,12 @@ def select(where: device, compute: dtype) -> ModuleType | Dispatch:
     Raises:
         ValueError: the forced backend does not exist, cannot run here or does not support the input.
     """
+    serving = candidates(where, compute)
+    return _both(where) if len(serving) == 3 else serving[0]
+
+
+def candidates(where: device, compute: dtype) -> list[ModuleType]:
+    """The backends that support a device and a compute type, the fastest first; the forced one alone, as above."""
     found = available()
     forced = os.environ.get("LOGITLESS_BACKEND")
     if forced:
@@ -141,15 +150,14 @@ def select(where: device, compute: dtype) -> ModuleType | Dispatch:
             raise ValueError(f"LOGITLESS_BACKEND={forced!r} cannot run here: {backend}")
         if not backend.supports(where, compute):
             raise ValueError(f"LOGITLESS_BACKEND={forced!r} does not support {compute} on {where.type}")
-        return backend
+        return [backend]
     if where.type == "cpu" and isinstance(found["cpu"], str):
         _warn_once(f"logitless: the C++ kernels cannot run ({found['cpu']}); the slower torch backend serves instead")
     order = (
         ("cpu", "torch") if where.type == "cpu" else ("cuda", "triton", "torch")
     )  # interpreted ones must be asked for
-    candidates = [found[name] for name in order if not isinstance(found[name], str)]
-    serving = [backend for backend in candidates if backend.supports(where, compute)]
-    return _both(where) if len(serving) == 3 else serving[0]
+    usable = [found[name] for name in order if not isinstance(found[name], str)]
+    return [backend for backend in usable if backend.supports(where, compute)]
 
 
 @functools.lru_cache

@@ -56,6 +56,7 @@ class _Addresses:
             bias=self.of(chunk.bias),
             outer=self.of(chunk.outer),
             inner=chunk.inner,
+            floor=self.of(chunk.floor),
         )
 
     def normalizers(self, normalizers: Normalizers) -> dict[str, int]:

@@ -89,6 +89,7 @@ class _Call:
             bias=self.of(chunk.bias),
             outer=self.of(chunk.outer),
             inner=chunk.inner,
+            floor=self.of(chunk.floor),
         )
 
     def sums(self, names: list) -> tuple[dict[object, Tensor], dict[object, int]]:

@@ -31,14 +31,23 @@ def _row_blocks(chunk: Chunk) -> Iterator[slice]:
 
 
 def _scaled(chunk: Chunk, rows: slice) -> tuple[Tensor, Tensor]:
-    """s and ds/dz of some rows; ds/dz is [rows, 1] without a softcap, [rows, columns] with one."""
-    z, outer = chunk.z[rows].to(chunk.outer.dtype), chunk.outer[rows, None]
-    if chunk.bias is not None:
-        z = z + chunk.bias
+    """s and ds/dz of some rows; ds/dz is [rows, 1] without a softcap and a floor, [rows, columns] with one."""
+    x, outer = raw(chunk, rows), chunk.outer[rows, None]
     if chunk.inner is None:
-        return outer * z, outer
-    capped = torch.tanh(chunk.inner * z)
-    return outer * capped, outer * chunk.inner * (1 - capped * capped)
+        s, slope = outer * x, outer
+    else:
+        capped = torch.tanh(chunk.inner * x)
+        s, slope = outer * capped, outer * chunk.inner * (1 - capped * capped)
+    if chunk.floor is not None:
+        s = torch.where(x < chunk.floor[rows, None], -torch.inf, s)
+        slope = torch.where(s == -torch.inf, 0, slope)
+    return s, slope
+
+
+def raw(chunk: Chunk, rows: slice = slice(None)) -> Tensor:
+    """z + bias of some rows, in the compute type."""
+    z = chunk.z[rows].to(chunk.outer.dtype)
+    return z if chunk.bias is None else z + chunk.bias
 
 
 def scaled(chunk: Chunk, out: Tensor | None = None) -> Tensor:
@@ -191,7 +200,7 @@ def _block_gradient(student, teacher, normalizers, combination, out, rows) -> No
         y = combination.targets[rows]
         inside = ((y >= 0) & (y < s.shape[1]))[:, None]
         total.scatter_add_(1, y.clamp(0, s.shape[1] - 1)[:, None], torch.where(inside, c, 0))
-    total *= slope
+    total = total.mul_(slope) if student.floor is None else _times(slope, total)
     if combination.live is not None:
         total = torch.where(combination.live[rows, None], total, 0)
     out[rows] = total

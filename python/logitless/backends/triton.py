@@ -58,7 +58,7 @@ def processors(index: int | None) -> int:
     return 1 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _on(device: torch.device):
+def on(device: torch.device):
     """Launches go to the current device: make it that of the tensors."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
@@ -95,8 +95,10 @@ def _sides(student: Chunk, teacher: Chunk | None) -> tuple[list, dict[str, bool]
     for name, chunk in (("STUDENT", student), ("TEACHER", student if teacher is None else teacher)):
         bias = chunk.z if chunk.bias is None else chunk.bias.contiguous()
         arguments += [chunk.z, chunk.z.stride(0), bias, 0.0 if chunk.inner is None else chunk.inner]
+        arguments.append(_given(chunk.floor, chunk.z))
         flags[f"{name}_BIAS"] = chunk.bias is not None
         flags[f"{name}_CAPPED"] = chunk.inner is not None
+        flags[f"{name}_FILTERED"] = chunk.floor is not None
     return arguments, flags
 
 
@@ -129,7 +131,7 @@ def _statistics(student, teacher, targets, weights, wanted) -> tuple[list[str], 
         parts, width = _parts(rows, columns, config, device)
         names, accumulators, argmax = _accumulators(rows, parts, teacher is not None, targets, wanted, device)
         if rows:
-            with _on(device):
+            with on(device):
                 _kernels.statistics.statistics[-(-rows // config.rows), parts](
                     *sides,
                     outer,
@@ -204,7 +206,7 @@ def product_statistics(
             arguments += [0.0 if side.inner is None else side.inner, side.hidden.shape[1]]
             flags |= {f"{name}_BIAS": side.bias is not None, f"{name}_CAPPED": side.inner is not None}
         outer = student.outer.contiguous() if teacher is None else torch.stack([student.outer, teacher.outer])
-        with _on(device):
+        with on(device):
             _kernels.product.product_statistics[-(-rows // tile.rows), parts](
                 *arguments,
                 outer,
@@ -263,7 +265,7 @@ def _generic(student: Chunk, teacher: Chunk, numbers: Tensor, definition: RowSum
         parts, width = _parts(rows, columns, config, device)
         sums = torch.empty(2, parts, rows, dtype=torch.float64, device=device)
         if rows:
-            with _on(device):
+            with on(device):
                 _kernels.generic.generic[-(-rows // config.rows), parts](
                     *sides,
                     numbers,
@@ -321,7 +323,7 @@ def _gradient(student, teacher, numbers: Tensor, combination: Combination, given
     sides, flags = _sides(student, teacher)
 
     def run(config, to: Tensor) -> None:
-        with _on(device):
+        with on(device):
             _kernels.gradient.gradient[-(-rows // config.rows), -(-columns // config.block)](
                 *sides,
                 numbers,
@@ -391,7 +393,7 @@ def _close(names, accumulators, numbers, open_q, given, pair: bool, slopes: Tens
     _, parts, rows = accumulators.shape
     if not rows:
         return
-    with _on(numbers.device):
+    with on(numbers.device):
         _kernels.close.close[(-(-rows // NUMBERS_PER_TILE),)](
             accumulators,
             accumulators if slopes is None else slopes,

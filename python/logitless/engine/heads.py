@@ -222,6 +222,8 @@ class DenseHead(Head):
     def multiply(self, tile: Tile, out: Tensor) -> None:
         if self.index is None:
             out.copy_(self.logits[tile.rows, tile.columns])
+        elif self.device.type != "cpu":  # where a loop over rows would wait for their numbers
+            out.copy_(self.logits[:, tile.columns].index_select(0, self.index[tile.rows]))
         else:
             for row, source in enumerate(self.index[tile.rows].tolist()):  # row by row: no second copy of the tile
                 out[row].copy_(self.logits[source, tile.columns])
@@ -246,6 +248,9 @@ class DenseHead(Head):
             return  # written in place
         if self.index is None:
             self.logits_grad[tile.rows, tile.columns] = gradient
+        elif self.device.type != "cpu":
+            of_columns, rows = self.logits_grad[:, tile.columns], self.index[tile.rows]
+            of_columns.index_copy_(0, rows, gradient.to(of_columns.dtype))
         else:
             for row, target in enumerate(self.index[tile.rows].tolist()):
                 self.logits_grad[target, tile.columns] = gradient[row]

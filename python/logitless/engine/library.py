@@ -109,7 +109,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor, *_):
-        scaled = _scale(list(ctx.saved_tensors), upstream)
+        scaled = rescaled(list(ctx.saved_tensors), upstream)
         return _place(scaled, ctx.wanted, ctx.inputs)
 
 
@@ -131,7 +131,7 @@ class _Rows(torch.autograd.Function):
         return _place(gradients, ctx.wanted, ctx.inputs)
 
 
-def _scale(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
+def rescaled(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
     """The saved gradients times the upstream scalar: in place where the graph is freed after this backward."""
     if torch.compiler.is_compiling():
         return [gradient * upstream.to(gradient.dtype) for gradient in gradients]

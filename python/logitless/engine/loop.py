@@ -17,8 +17,8 @@ from logitless import backends
 from logitless.backends import BASIS, Chunk, Combination
 from logitless.backends.torch import scaled
 from logitless.divergences import SUMS, RowSum
+from logitless.engine import floors, statistics
 from logitless.engine import plan as planning
-from logitless.engine import statistics
 from logitless.engine.autograd import autograd
 from logitless.engine.heads import DenseHead, LinearHead, Tile, make_head
 from logitless.engine.memory import empty, padded
@@ -26,6 +26,7 @@ from logitless.engine.picked import Picked
 from logitless.engine.plan import Plan, Side, Tiling
 from logitless.engine.problem import ABSENT, Problem, check_values
 from logitless.engine.statistics import Coefficients, RowContext, Statistics
+from logitless.support import decode
 
 ROW_FUNCTION_BUFFERS = 6  # [C, V] buffers that autograd of a row function may hold: logits, gradient, a few saved
 
@@ -107,6 +108,9 @@ class Run:
         if problem.class_weights != ABSENT:
             self.class_weights = tensors[problem.class_weights].to(self.dtype)
             self.class_weight = self.class_weights[self.targets.clamp(0, columns - 1)].double()
+        self.filters = decode(problem.keep)
+        self.floor: Tensor | None = None  # [rows], where a forward pass has found them
+        self.restricted = problem.restricted and targets is not None
         self.groups = grouped(problem.terms)
         if problem.argmax:
             self.groups[0] = replace(self.groups[0], wanted=self.groups[0].wanted | {"argmax"})
@@ -131,6 +135,8 @@ class Run:
             raise ValueError("product: 'fused' needs linear logits on all sides")
         if self.generic_terms or self.row_terms or len(self.groups) > 1 or self.ids is not None:
             raise ValueError("product: 'fused' serves what one pass of statistics gives: moments at one temperature")
+        if self.filters:
+            raise ValueError("product: 'fused' never sees whole rows, which keep= needs")
         if self.with_gradient and (not self.is_per_row or self.problem.strategy not in ("auto", "recompute")):
             raise ValueError("product: 'fused' is for passes without gradient: reduction='none', or no gradient at all")
 
@@ -145,7 +151,7 @@ class Run:
             itemsize=self.dtype.itemsize,
             per_row=self.is_per_row,
             one_scalar=frozen_mix(self.problem) is not None,
-            whole_rows=bool(self.generic_terms or self.row_terms),
+            whole_rows=bool(self.generic_terms or self.row_terms or self.filters),
             scratch=(ROW_FUNCTION_BUFFERS if self.row_terms else 0) + self.teacher_grad + self._scratches,
         )
         strategy = self.problem.strategy
@@ -194,8 +200,16 @@ class Run:
                         chunks.append(head.chunk(tile, buffer))
                     else:
                         chunks.append(head.stashed(tile, layer[block, columns], fill))
+                if self.filters:
+                    chunks[0] = replace(chunks[0], floor=self._floors(block, chunks[0]))
                 yield tile, chunks[0], chunks[1] if len(chunks) > 1 else None
         self.buffers = self.spare = self.scratch = None
+
+    def _floors(self, rows: slice, chunk: Chunk) -> Tensor:
+        """Of the student's own temperature, whatever that of the terms."""
+        if self.floor is not None:
+            return self.floor[rows]
+        return floors.find(self.filters, replace(chunk, outer=chunk.outer * self.groups[0].temperature))
 
     def _buffer(self, rows: int, tiling: Tiling) -> Tensor:
         return padded((rows, min(tiling.columns, self.columns)), self.dtype, self.device)
@@ -242,10 +256,17 @@ class Run:
         for term, u in zip(self.problem.terms, self.student.amplified(upstream), strict=True):
             term.coefficients(context, u, opened)
         opened = {key: c.to(self.dtype) for key, c in opened.items()}
-        found = []
+        found, kept = [], []
         for tile, student, teacher in self.walk(tiling):
+            kept.append(student.floor)
             out = self.student.gradient_buffer(tile, self.buffers[0])
-            combination = self._combination(tile, {key: c[tile.rows] for key, c in opened.items()}, {}, None)
+            coefficients = Coefficients({key: c[tile.rows] for key, c in opened.items()})
+            if self.restricted:
+                self._spare(coefficients, floors.outside(student, self._targets(tile)))
+            if (alone := coefficients.pop("one_hot_alone", None)) is not None:
+                coefficients.add("one_hot", alone)
+                coefficients.add("q", alone)  # against the balance that the kernels will give it
+            combination = self._combination(tile, coefficients, {}, None)
             found.append(
                 self.backend.fused(
                     student,
@@ -264,6 +285,8 @@ class Run:
         if accumulators["max"].dim() == 2:
             accumulators = statistics.join(accumulators)
         s = statistics.finish(accumulators)
+        if self.filters:
+            s["floor"] = torch.cat(kept).double()
         for k, key in enumerate(key for key in opened if isinstance(key, tuple)):
             s[key, "value"], s[key, "slope"] = accumulators[k, "value"], accumulators[k, "slope"]
         return s
@@ -284,6 +307,8 @@ class Run:
             for g, (group, accumulators) in enumerate(zip(self.groups, found, strict=True)):
                 finished = self._finish(tile, accumulators, *self._at(group, student, teacher), group)
                 s |= {_key(g, name): value for name, value in finished.items()}
+            if student.floor is not None:
+                s["floor"] = student.floor.double()
             yield tile, student, teacher, s
 
     # ---- forward
@@ -457,6 +482,8 @@ class Run:
             opened = Coefficients()
             for i in group.terms:
                 self.problem.terms[i].coefficients(context, amplified[i], opened)
+            if self.restricted:
+                self._spare(opened, of_group["target"] == -torch.inf)
             student.append(statistics.close(opened, of_group))
             if self.teacher_grad:
                 exchanged = _exchanged(of_group)
@@ -468,6 +495,12 @@ class Run:
                         adjoint.coefficients(context, amplified[i], opened)
                 teacher.append(statistics.close(opened, exchanged))
         return student, teacher
+
+    def _spare(self, opened: Coefficients, outside: Tensor) -> None:
+        """A target outside of the support has no gradient: with the one-hot goes its balance."""
+        for name in ("one_hot", "one_hot_alone"):
+            if name in opened:
+                opened[name] = torch.where(outside, 0, opened[name])
 
     def differentiate(
         self,
@@ -611,7 +644,7 @@ def reduced(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Te
     s = run.evaluate(tiling, upstream if run.with_gradient else None)
     values = run.term_values(s, slice(None))
     totals = torch.stack([(factor * value).sum() for factor, value in zip(factors, values, strict=True)])
-    loss = sum(scale * total for scale, total in zip(run.scales(0), totals, strict=True))
+    loss = _weighted_sum(run.scales(0), totals)
     gradients = run.gradients() if run.with_gradient else []
     observed = loss.new_zeros(0, run.tokens)
     if problem.observed:
@@ -636,6 +669,7 @@ def per_row(problem: Problem, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Te
     if frozen := plan.strategy == "frozen":
         upstream = [scale * factor for scale, factor in zip(run.scales(0), factors, strict=True)]
         run.open_gradients(plan.forward, upstream, only_hidden=True)
+        run.restricted &= len(problem.channels) == 1  # else D is one for all, and the mix minds targets outside
     s = run.evaluate(plan.forward, upstream, stash, fill=True)
     values = run.term_values(s, slice(None))
     terms = torch.stack([factor * value for factor, value in zip(factors, values, strict=True)])
@@ -668,6 +702,8 @@ def per_row_backward(problem: Problem, tensors: list[Tensor], state: list[Tensor
         name: part.t() if name in ("topk", ("group", name[1], "topk")) else part[0]
         for (name, width), part in zip(names.items(), kept[:, : run.rows].split(list(names.values())), strict=True)
     }
+    if run.filters:
+        run.floor = s["floor"].to(run.dtype)
     upstream = (upstream if run.index is None else upstream[:, run.index]).double()
     if strategy == "frozen":
         gradient = _frozen_gradient(run, s, extra[: run.rows], upstream)
@@ -702,12 +738,20 @@ def _weighted_sum(scales: list[float], values: Tensor) -> Tensor:
 def _frozen_gradient(run: Run, s: Statistics, d: Tensor, upstream: Tensor) -> Tensor:
     """sum_k upstream_k (alpha_k D + beta_k d_y W_y): no product, see :func:`frozen_mix`."""
     alpha, beta = zip(*frozen_mix(run.problem), strict=True)
+    outside = s["target"] == -torch.inf if any(beta) and run.restricted else None
+    if outside is not None:  # D is then that of -lse, and what reads the target has no gradient
+        needs = [run.problem.terms[channel[0][1]].needs_targets for channel in run.problem.channels]
+        upstream = torch.stack(
+            [torch.where(outside, 0, u) if need else u for need, u in zip(needs, upstream, strict=True)]
+        )
     out = d * (upstream.new_tensor(alpha) @ upstream).to(run.dtype)[:, None]
     if any(beta):
         head = run.student
         slope = head.outer.double()
         if head.inner is not None:
             slope = slope * head.inner * (1 - ((s["target"] + s["max"]) / slope) ** 2)
+        if outside is not None:
+            slope = torch.where(outside, 0, slope)
         targets = run.targets.clamp(0, run.columns - 1)
         factor = (upstream.new_tensor(beta) @ upstream) * run.live_values(slope)
         out += factor.to(run.dtype)[:, None] * head.weight[targets].to(run.dtype)
@@ -717,13 +761,13 @@ def _frozen_gradient(run: Run, s: Statistics, d: Tensor, upstream: Tensor) -> Te
 def frozen_mix(problem: Problem) -> list[tuple[float, float]] | None:
     """Per channel (alpha, beta): its gradient is alpha D + beta d_y W_y with D that of the first; None: it is not.
 
-    logprob = target_logit - lse, so one D serves all three.
+    logprob = target_logit - lse, so one D serves all three. (Not of gathered columns: targets count those.)
     """
     if len(problem.channels) == 1:
         return [(1.0, 0.0)]
     mixes = {"LogProb": (1.0, 0.0), "TargetLogit": (0.0, 1.0), "LogSumExp": (-1.0, 1.0)}
     names = [problem.terms[channel[0][1]].encode()[0] for channel in problem.channels]
-    if names[0] != "LogProb" or not set(names) <= set(mixes):
+    if problem.student.ids != ABSENT or names[0] != "LogProb" or not set(names) <= set(mixes):
         return None
     return [mixes[name] for name in names]
 
@@ -749,7 +793,7 @@ def statistic_names(problem: Problem, tensors: list[Tensor]) -> dict:
             names[_key(g, "topk")] = tensors[ids].shape[1]
         if group.rest:
             names[_key(g, "topk_rest")] = 1
-    return names
+    return names | ({"floor": 1} if problem.keep else {})
 
 
 def _key(group: int, name: object) -> object:

@@ -258,7 +258,7 @@ def _buffers(shape: Shape) -> int:
 def _whole_tilings(shape: Shape, machine: Machine, room: int, operand: int) -> list[Tiling]:
     per_row = _buffers(shape) * shape.vocab * shape.itemsize + _low_hidden_bytes(shape, machine)
     per_gradient = operand * shape.vocab
-    rows = room // (per_row + per_gradient) if per_row + per_gradient else shape.tokens
+    rows = room // (per_row + per_gradient) if per_row + per_gradient else max(1, shape.tokens)
     if rows < 1:
         return []
     # tiles of a product that are filled in part cost like whole ones

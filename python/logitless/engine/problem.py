@@ -61,6 +61,8 @@ class Problem:
     raw: tuple[int, ...] = ()  # terms whose values are neither weighted nor divided: they have seen to that themselves
     observed: tuple[int, ...] = ()  # terms of which a reduced problem also returns the values per token
     argmax: bool = False
+    keep: tuple[tuple[str, float], ...] = ()  # filters of the student's columns, see :mod:`logitless.support`
+    restricted: bool = False  # whether targets may be columns that do not exist: those get no gradient
     ignore_index: int = -100
     compact: bool | None = None  # None: on CPUs only
     strategy: str = "auto"
@@ -89,8 +91,8 @@ class Problem:
 
 
 _PLAIN_FIELDS = (
-    "channels targets weights class_weights denominators denominator mean raw observed argmax ignore_index compact "
-    "strategy product workspace"
+    "channels targets weights class_weights denominators denominator mean raw observed argmax keep restricted "
+    "ignore_index compact strategy product workspace"
 ).split()
 _TERMS: dict[str, Callable] = {}
 

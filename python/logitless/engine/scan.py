@@ -8,7 +8,8 @@ Without gradient, for one or several logits descriptions side by side:
 With gradient, an operation is an ``autograd.Function`` over (HeadSpec, tensors): :func:`walk` in its forward pass, and
 in its backward pass :func:`differentiate`, which recomputes the chunks and takes the chain rule from scaled logits to
 hidden, weight and bias. A whole row at a time is known, so each pass costs one product per side, and the gradient two
-more. Autocast changes nothing: every product here writes into a buffer of its own type.
+more. :func:`evaluate` has autograd differentiate a function of rows, whose heads may have vocabularies of their own.
+Autocast changes nothing: every product here writes into a buffer of its own type.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from logitless import backends
 from logitless.backends import Chunk
 from logitless.engine import plan as planning
 from logitless.engine import statistics
+from logitless.engine.autograd import autograd
 from logitless.engine.heads import DenseHead, LinearHead, Tile, make_head
 from logitless.engine.memory import padded
 from logitless.engine.plan import Plan, Shape, Side
@@ -76,19 +78,87 @@ def differentiate(
     """
     (head,) = heads([spec], tensors, index)
     plan = _plan([head], workspace, (spec.wants_grad[0], any(spec.wants_grad[1:])))
-    groups = [group for _, group in plan.forward.row_blocks(0, head.rows)]
-    longest = max((group.stop - group.start for group in groups), default=0)
-    head.open_gradients(
-        spec.wants_grad, len({group.start for group in groups}) <= 1, (longest, head.columns), [size.to(head.dtype)]
-    )
+    _open_gradients(head, plan, size)
     for tile, (s,) in _tiles([head], plan):
         out = head.gradient_buffer(tile, s)
         for block in blocks(s):
             rows = slice(tile.rows.start + block.start, tile.rows.start + block.stop)
             out[block] = head.amplified(gradient(rows, s[block])) * slope(s[block], head.inner, head.outer[rows])
         head.accumulate(tile, out)
-    found: list[Tensor | None] = [None] * len(tensors)
-    places = [place for place, want in zip(spec.inputs, spec.wants_grad, strict=True) if want]
+    return _placed(head, len(tensors))
+
+
+def evaluate(
+    specs: Sequence[HeadSpec],
+    tensors: Sequence[Tensor],
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    width: int,
+    upstream: Tensor | None = None,
+    workspace: int | None = None,
+    indices: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    """A function of rows of several heads, each with a vocabulary of its own; no product but those of the logits.
+
+    Args:
+        function: called as ``function(s, ..., *inputs)`` with [B, V] scaled logits of every head and the same rows of
+            ``inputs``; returns [B, width], every row a function of its own row alone.
+        inputs: [N, ...] tensors; those that require grad get one.
+        upstream: [N, width] d loss / d values; None: values alone. A row of zeros has no gradient, NaN or not.
+        indices: per head the rows that it takes part with, each at most once; None: all.
+
+    Returns:
+        (values [N, width], gradients of ``tensors``: those of the first head; gradients of ``inputs``).
+    """
+    sides = heads(specs, tensors, indices)
+    head, spec = sides[0], specs[0]
+    differentiable = upstream is not None and any(spec.wants_grad)
+    wants = (spec.wants_grad[0], any(spec.wants_grad[1:])) if differentiable else (False, False)
+    plan = _plan(sides, workspace, wants)
+    values = torch.zeros((head.rows, width), dtype=head.dtype, device=head.device)
+    of_inputs = [torch.zeros_like(x) if upstream is not None and x.requires_grad else None for x in inputs]
+    if differentiable:
+        _open_gradients(head, plan, upstream.abs().sum(-1))
+    for tile, scaled in _tiles(sides, plan):
+        out = head.gradient_buffer(tile, scaled[0]) if differentiable else None
+        for block in blocks(max(scaled, key=lambda s: s.shape[1])):
+            rows = slice(tile.rows.start + block.start, tile.rows.start + block.stop)
+            parts = [s[block] for s in scaled]
+            with autograd(upstream is not None):
+                first = parts[0].detach().requires_grad_(differentiable)
+                taken = [x[rows].detach().requires_grad_(grad is not None) for x, grad in zip(inputs, of_inputs)]
+                found = function(first, *parts[1:], *taken)
+            values[rows] = found.detach()
+            leaves = [x for x in (first, *taken) if x.requires_grad]
+            if not leaves:
+                continue
+            u = upstream[rows].to(found.dtype)
+            gradients = iter(torch.autograd.grad(found, leaves, u, allow_unused=True, materialize_grads=True))
+            live = (u != 0).any(-1)
+            if differentiable:
+                gradient = torch.where(live[:, None], head.amplified(next(gradients)), 0)
+                out[block] = gradient * slope(parts[0], head.inner, head.outer[rows])
+            for total in of_inputs:
+                if total is not None:
+                    part = next(gradients)
+                    total[rows] = torch.where(live.view(-1, *[1] * (part.dim() - 1)), part, 0)
+        if differentiable:
+            head.accumulate(tile, out)
+    return values, _placed(head, len(tensors)) if differentiable else [None] * len(tensors), of_inputs
+
+
+def _open_gradients(head: LinearHead | DenseHead, plan: Plan, size: Tensor) -> None:
+    """``size``: [rows], about how large a row's gradient is."""
+    groups = [group for _, group in plan.forward.row_blocks(0, head.rows)]
+    longest = max((group.stop - group.start for group in groups), default=0)
+    single = len({group.start for group in groups}) <= 1
+    head.open_gradients(head.spec.wants_grad, single, (longest, head.columns), [size.to(head.dtype)])
+
+
+def _placed(head: LinearHead | DenseHead, count: int) -> list[Tensor | None]:
+    """The gradients of a head, each at the place of its input among all tensors."""
+    found: list[Tensor | None] = [None] * count
+    places = [place for place, want in zip(head.spec.inputs, head.spec.wants_grad, strict=True) if want]
     for place, value in zip(places, head.gradients(), strict=True):
         found[place] = value
     return found
@@ -133,11 +203,12 @@ def slope(s: Tensor, inner: float | None, outer: Tensor) -> Tensor:
 
 
 def heads(
-    specs: Sequence[HeadSpec], tensors: Sequence[Tensor], index: Tensor | None = None
+    specs: Sequence[HeadSpec], tensors: Sequence[Tensor], index: Tensor | Sequence[Tensor | None] | None = None
 ) -> list[LinearHead | DenseHead]:
-    """Heads of one compute type, with their values checked."""
-    tensors = list(tensors)
-    found = [make_head(spec, tensors, index, compute_dtype(specs, tensors), direct=False) for spec in specs]
+    """Heads of one compute type, with their values checked. ``index``: rows, the same of all heads or per head."""
+    tensors, dtype = list(tensors), compute_dtype(specs, tensors)
+    indices = index if isinstance(index, (list, tuple)) else [index] * len(specs)
+    found = [make_head(spec, tensors, at, dtype, direct=False) for spec, at in zip(specs, indices, strict=True)]
     for spec, head in zip(specs, found, strict=True):
         check_values(Problem(spec, None, (), ()), tensors, head.columns)
     return found
@@ -161,7 +232,7 @@ def _plan(heads: list[LinearHead | DenseHead], workspace: int | None, wants: tup
     )
     shape = Shape(
         tokens=first.rows,
-        vocab=first.columns,
+        vocab=max(head.columns for head in heads),
         student=side,
         itemsize=first.dtype.itemsize,
         whole_rows=True,
@@ -175,10 +246,11 @@ def _plan(heads: list[LinearHead | DenseHead], workspace: int | None, wants: tup
 
 
 def _tiles(heads: list[LinearHead | DenseHead], plan: Plan) -> Iterator[tuple[Tile, list[Tensor]]]:
-    columns = heads[0].columns
-    tiles = [Tile(rows, slice(0, columns), group) for rows, group in plan.forward.row_blocks(0, heads[0].rows)]
-    longest = max((tile.size[0] for tile in tiles), default=0)
-    buffers = [padded((longest, columns), head.dtype, head.device) for head in heads]
-    for tile in tiles:
-        raw = [head.stashed(tile, tile.of(buffer), fill=True) for head, buffer in zip(heads, buffers, strict=True)]
-        yield tile, [scale_(chunk) for chunk in raw]
+    """Tiles of the first head, and the scaled logits of all."""
+    blocks = list(plan.forward.row_blocks(0, heads[0].rows))
+    longest = max((rows.stop - rows.start for rows, _ in blocks), default=0)
+    buffers = [padded((longest, head.columns), head.dtype, head.device) for head in heads]
+    for rows, group in blocks:
+        tiles = [Tile(rows, slice(0, head.columns), group) for head in heads]
+        raw = [head.stashed(tile, tile.of(buffer), fill=True) for head, tile, buffer in zip(heads, tiles, buffers)]
+        yield tiles[0], [scale_(chunk) for chunk in raw]

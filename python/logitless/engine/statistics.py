@@ -39,7 +39,8 @@ class RowContext:
 
 
 class Coefficients(dict):
-    """Per-row coefficients by basis element: a name of ``backends.BASIS``, "q_lse" or (divergence, parameters)."""
+    """Per-row coefficients by basis element: a name of ``backends.BASIS``, "one_hot_alone" (a one-hot without balance),
+    "q_lse" or (divergence, parameters)."""
 
     def add(self, key: object, value: Tensor) -> None:
         self[key] = self[key] + value if key in self else value
@@ -125,6 +126,9 @@ def close(open_coefficients: Coefficients, s: Statistics) -> Coefficients:
     lse_factor = closed.pop("q_lse", None)
     if lse_factor is not None:
         closed.add("q", lse_factor * (s["max"] + s["log_sum"]))
+    alone = closed.pop("one_hot_alone", None)
+    if alone is not None:
+        closed.add("one_hot", alone)
     for key, c in open_coefficients.items():
         if isinstance(key, tuple):
             closed.add("q", -c * s[key, "slope"])

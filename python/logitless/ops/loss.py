@@ -21,6 +21,8 @@ from logitless.logits import (
     check_per_token,
     check_targets,
 )
+from logitless.ops.kept import IGNORED, Recorded
+from logitless.support import Keep, KeepIds, check_keep, encode
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -46,6 +48,7 @@ def evaluate(
     weights: Tensor | None,
     reduction: str,
     denominator: float | Tensor | None,
+    keep: Keep | None,
     ignore_index: int,
     teacher_grad: bool,
     compact: bool | None,
@@ -78,6 +81,7 @@ def evaluate(
     workspace_bytes = check_execution(ignore_index, compact, strategy, product, workspace)
     if not any(term.needs_teacher for term in terms):
         teacher = None
+    check_keep(keep)
     tokenwise = None
     if any(isinstance(term, Tokenwise) for term in terms):
         if reduction == "none":
@@ -93,6 +97,7 @@ def evaluate(
     if tokenwise is not None:
         terms = tokenwise.placed(terms, request.place, local)
     terms = [term.placed(student, request.place) for term in terms]
+    check_support(keep, terms, teacher)
     names, metrics, ids = objective.names, [], ABSENT
     if isinstance(teacher, TopKLogits):
         if teacher_grad:
@@ -113,7 +118,13 @@ def evaluate(
     if tokenwise is not None:
         channels, raw, observed = tokenwise.channels(channels[0], len(terms) + len(metrics), local)
         metrics = [*metrics, *tokenwise.read]
-    head = request.head(student, ids=ids)
+    class_weights = request.place(class_weights_of(terms, student))
+    if isinstance(keep, KeepIds):
+        recorded = Recorded(student, keep, targets, ignore_index)
+        student, targets, ignore_index = recorded.student, recorded.targets, IGNORED
+        head = recorded.head(request)
+    else:
+        head = request.head(student, ids=ids)
     problem = Problem(
         student=head,
         teacher=None if teacher is None else request.head(teacher, differentiable=teacher_grad),
@@ -123,10 +134,12 @@ def evaluate(
         observed=observed,
         targets=request.place(None if targets is None else targets.reshape(-1)),
         weights=request.place(None if weights is None else weights.reshape(-1)),
-        class_weights=request.place(class_weights_of(terms, student)),
+        class_weights=class_weights,
         denominators=request.place(denominator if reduction == "mean" and isinstance(denominator, Tensor) else None),
         denominator=None if denominator is None or isinstance(denominator, Tensor) else float(denominator),
         mean=reduction == "mean",
+        keep=encode(keep, student.columns),
+        restricted=keep is not None,
         ignore_index=ignore_index,
         compact=compact,
         strategy=strategy,
@@ -190,6 +203,18 @@ def class_weights_of(terms: list, student: Logits) -> Tensor | None:
     if found[0].device != student.device:
         raise ValueError(f"class_weights: on {found[0].device}, the logits are on {student.device}")
     return found[0]
+
+
+def check_support(keep: Keep | None, terms: list, teacher: Logits | TopKLogits | None) -> None:
+    """ValueError for what is about tokens that are not kept."""
+    if keep is None:
+        return
+    if any("weighted" in term.wanted for term in terms):
+        raise ValueError("keep: label smoothing is over the whole vocabulary")
+    if isinstance(teacher, TopKLogits):
+        raise ValueError("keep: not beside a teacher that is TopKLogits")
+    if isinstance(keep, KeepIds) and (teacher is not None or any(term.weighted_classes for term in terms)):
+        raise ValueError("keep: KeepIds reads no other columns, so it serves neither a teacher nor class weights")
 
 
 def check_reduction(reduction: object, denominator: object) -> None:
