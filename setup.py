@@ -30,9 +30,14 @@ PACKAGES = {
 DATA = {"logitless": ["py.typed"], "logitless.backends": ["*.json"]}
 
 # The slowest first: ninja begins with them.
-SOURCES = ["csrc/cuda/fused.cu", "csrc/cuda/passes.cu", "csrc/bindings.cpp", "csrc/cpu/rows.cpp"]
+FOLDERS = ("csrc/cuda/*.cu", "csrc/*.cpp", "csrc/cpu/*.cpp")
+SOURCES = [
+    str(path.relative_to(ROOT))
+    for folder in FOLDERS
+    for path in sorted(ROOT.glob(folder), key=lambda path: -path.stat().st_size)
+]
 
-# csrc/cpu/rows.cpp is compiled once per instruction set; the best one is chosen at run time.
+# Sources in csrc/cpu are compiled once per instruction set; the best one is chosen at run time.
 COPIES = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     COPIES |= {
@@ -176,7 +181,7 @@ class NinjaBuild(build_ext):
                     objects.append(f"cuda-{Path(source).stem}.o")
                     lines.append(f"build {objects[-1]}: cuda {path}")
                 continue
-            copies = COPIES if source == "csrc/cpu/rows.cpp" else {"": "-DLL_CUDA" if cuda else ""}
+            copies = COPIES if source.startswith("csrc/cpu/") else {"": "-DLL_CUDA" if cuda else ""}
             for copy, copy_flags in copies.items():
                 objects.append("-".join(filter(None, (Path(source).stem, copy))) + ".o")
                 define = f"-DLL_COPY={copy}" if copy else ""

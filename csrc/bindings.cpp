@@ -7,6 +7,10 @@
 #include <utility>
 
 #include "cpu/parallel.h"
+#include "cpu/token_results.h"
+#include "token_recipe.h"
+#include "sinkhorn.h"
+#include "transport.h"
 
 #if defined(LL_CUDA)
 #include "cuda/bindings.h"
@@ -45,14 +49,16 @@ void force_isa(const std::string& name) {
     for (const Kernels* copy : copies())
         if (name == copy->name) {
             kernels = copy;
+            sinkhorn::use(copy->name);
+            transport::use(copy->name);
             return;
         }
     throw std::invalid_argument("no copy '" + name + "' that this processor can run");
 }
 
-Chunk chunk(Address z, std::int64_t stride, Address bias, Address outer, std::optional<float> inner) {
+Chunk chunk(Address z, std::int64_t stride, Address bias, Address outer, std::optional<float> inner, Address floor) {
     return {pointer<const float>(z), stride, pointer<const float>(bias), pointer<const float>(outer),
-            inner.value_or(0.0f), inner.has_value()};
+            inner.value_or(0.0f), inner.has_value(), pointer<const float>(floor)};
 }
 
 Divergence divergence(const std::string& name, const std::vector<Address>& parameters, Address coefficient) {
@@ -109,12 +115,45 @@ void gradient(std::int64_t rows, std::int64_t columns, const Chunk& student, std
     run(kernels->gradient, call, rows, threads);
 }
 
+using Input = std::pair<Address, bool>;  // and whether it is per sequence
+
+// Results in the order of Recipe.results.
+std::vector<double> tokens(const TokenRecipe& recipe, std::int64_t tokens, std::int64_t sequences,
+                           const std::vector<Input>& inputs, Address mask, Address offsets, double denominator,
+                           const std::vector<Address>& derivatives, int threads) {
+    TokenCall call = {};
+    call.recipe = &recipe;
+    call.tokens = tokens;
+    call.sequences = sequences;
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+        call.inputs[i] = pointer<const float>(inputs[i].first);
+        call.per_sequence[i] = inputs[i].second;
+    }
+    call.mask = pointer<const bool>(mask);
+    call.offsets = pointer<const std::int64_t>(offsets);
+    call.wanted = !derivatives.empty();
+    for (std::size_t i = 0; i < derivatives.size(); ++i) call.derivatives[i] = pointer<float>(derivatives[i]);
+
+    std::vector<TokenSums> sums(token_units(call));
+    {
+        const py::gil_scoped_release unlocked;
+        parallel(token_units(call), token_unit, threads, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t unit = begin; unit < end; ++unit) kernels->tokens(call, unit, &sums[unit]);
+        });
+    }
+    return token_results(recipe, sums, denominator);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+    py::class_<TokenRecipe>(module, "TokenRecipe", py::module_local()).def(py::init(&token_recipe));
+    module.def("tokens", &tokens, py::arg("recipe"), py::kw_only(), py::arg("tokens"), py::arg("sequences"),
+               py::arg("inputs"), py::arg("mask"), py::arg("offsets"), py::arg("denominator"), py::arg("derivatives"),
+               py::arg("threads"));
     py::class_<Chunk>(module, "Chunk", py::module_local())
         .def(py::init(&chunk), py::kw_only(), py::arg("z"), py::arg("stride"), py::arg("bias"), py::arg("outer"),
-             py::arg("inner"));
+             py::arg("inner"), py::arg("floor"));
     module.def("statistics", &statistics, py::arg("rows"), py::arg("columns"), py::arg("student"), py::arg("teacher"),
                py::kw_only(), py::arg("targets"), py::arg("weights"), py::arg("accumulators"), py::arg("threads"));
     module.def("generic", &generic, py::arg("rows"), py::arg("columns"), py::arg("student"), py::arg("teacher"),
@@ -127,7 +166,13 @@ PYBIND11_MODULE(_C, module) {
     module.def("isas", &isas, "The compiled copies this processor can run, the best first.");
     module.def("isa", [] { return kernels->name; }, "The copy in use.");
     module.def("force_isa", &force_isa, py::arg("name"), "Use the copy of that name, in the whole process.");
+    sinkhorn::use(kernels->name);
+    sinkhorn::bind(module.def_submodule("sinkhorn"));
+    transport::use(kernels->name);
+    transport::bind(module.def_submodule("transport"));
 #if defined(LL_CUDA)
-    cuda::bind(module.def_submodule("cuda"));
+    py::module_ cuda = module.def_submodule("cuda");
+    cuda.attr("TokenRecipe") = module.attr("TokenRecipe");
+    cuda::bind(cuda);
 #endif
 }

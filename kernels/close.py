@@ -9,13 +9,7 @@ rows x F are read, so it costs its launch. With ``SLOPES`` it runs again after t
 import triton
 import triton.language as tl
 
-from logitless.kernels.elementary import exp, log1p, times
-
-
-@triton.jit
-def _log(x):
-    """Of float32 sums whose largest term is 1; -inf for 0."""
-    return tl.where(x == 0.0, float("-inf"), log1p(x - 1.0))
+from logitless.kernels.elementary import exp, log_of_sum, times
 
 
 @triton.jit
@@ -81,14 +75,14 @@ def close(
                 part_reverse = tl.load(at + (AT_TEACHER + 3) * field, mask=live, other=0.0)
                 reverse += times(factor, part_reverse + part_total * (shift_t - shift))
 
-    log_sum = _log(total.to(tl.float32))
+    log_sum = log_of_sum(total.to(tl.float32))
     tl.store(numbers + rows + row, joint.to(tl.float32), mask=live)
     tl.store(numbers + 2 * rows + row, log_sum, mask=live)
     lse = tl.load(numbers + (open_q + 1) * rows + row, mask=live, other=0.0)
     q = tl.load(numbers + open_q * rows + row, mask=live, other=0.0)
     q += tl.where(lse == 0.0, 0.0, lse * (joint + log_sum).to(tl.float32))
     if PAIR:
-        log_sum_t = _log(total_t.to(tl.float32))
+        log_sum_t = log_of_sum(total_t.to(tl.float32))
         tl.store(numbers + 4 * rows + row, joint_t.to(tl.float32), mask=live)
         tl.store(numbers + 5 * rows + row, log_sum_t, mask=live)
 

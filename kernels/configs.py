@@ -38,6 +38,27 @@ def product_tile(low: bool, pair: bool, interpreted: bool) -> ProductConfig:
     return ProductConfig(64 if pair else 128, 64, 64, 8, 3)  # the largest of which no target spills
 
 
+def cost_tile(rows: int, adjacent: bool, interpreted: bool) -> Config:
+    """Of a stored cost: long along the dimension that is ``adjacent`` in memory, rows or columns."""
+    if interpreted:
+        return Config(min(power_of_two(rows), 32), 32, 1)
+    return Config(32, 64, 4) if adjacent else Config(4, 512, 4)
+
+
+def points_tile(products: bool, interpreted: bool) -> ProductConfig:
+    """Of a cost between points, by ``products`` or by differences of coordinates: the largest that does not spill."""
+    if interpreted:
+        return ProductConfig(32, 32, 16, 1, 1)
+    return ProductConfig(64, 64, 16, 8, 2) if products else ProductConfig(32, 64, 1, 4, 1)
+
+
+def matrices_tile(n: int) -> Config:
+    """``rows`` matrices of n x n, padded to ``block``."""
+    block = power_of_two(n)
+    rows = max(1, 1024 // block**2)
+    return Config(rows, block, 8 if block == 64 else 4)
+
+
 def power_of_two(x: int) -> int:
     """The least that is not less than x."""
     return 1 << max(0, x - 1).bit_length()
@@ -58,6 +79,34 @@ def parts(rows: int, columns: int, config: Config | ProductConfig, processors: i
     tiles = -(-rows // config.rows)
     most = max(1, columns // (8 * config.block))
     return max(1, min(most, -(-8 * processors // max(tiles, 1))))
+
+
+@dataclass(frozen=True)
+class TokenParts:
+    """How kernels/tokens.py divides tokens: ``width`` of them, or of a sequence, for a part, ``block`` at a time."""
+
+    tokens: int
+    sequences: int | None
+    programs: int  # at most, where they take several parts each
+    block: int
+    warps: int
+
+    @property
+    def width(self) -> int:
+        return self.block * max(1, -(-self.tokens // (self.programs * self.block)))
+
+    @property
+    def parts(self) -> int:
+        if self.sequences is None:
+            return max(1, -(-self.tokens // self.width))
+        return self.sequences + 1 + self.tokens // self.width
+
+
+def token_parts(tokens: int, sequences: int | None, processors: int, interpreted: bool) -> TokenParts:
+    """Two programs a multiprocessor are what registers allow, have enough loads in flight, and leave few results."""
+    if interpreted:
+        return TokenParts(tokens, sequences, 4, 128, 1)
+    return TokenParts(tokens, sequences, 2 * processors, 1024, 8)
 
 
 # Elements of a tile and warps, by kernel: the default first, then what LOGITLESS_AUTOTUNE=1 also tries.

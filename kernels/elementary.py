@@ -63,6 +63,12 @@ def log1p(x):
 
 
 @triton.jit
+def log_of_sum(x):
+    """The log of sums whose largest term is 1; -inf for 0."""
+    return tl.where(x == 0.0, float("-inf"), log1p(x - 1.0))
+
+
+@triton.jit
 def tanh(x):
     size = tl.abs(x)
     u = exp(-2.0 * size)

@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
             interpreter.correct_bfloat16()
     config.addinivalue_line("markers", "slow: left out unless --slow is given")
-    for arithmetic in ("invalid value", "overflow", "divide by zero"):  # kernels must stand infinities and NaNs
+    for arithmetic in ("invalid value", "overflow", "divide by zero", "All-NaN slice"):  # which kernels must stand
         config.addinivalue_line(
             "filterwarnings", f"ignore:{arithmetic} encountered:RuntimeWarning:triton.runtime.interpreter"
         )

@@ -11,9 +11,14 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+import torch
+
+from logitless.backends import cuda
+
 ROOT = Path(__file__).parent.parent
 HOST = ROOT / "tests" / "cuda_host"
-SOURCES = (ROOT / "csrc/cuda/fused.cu", ROOT / "csrc/cuda/passes.cu", HOST / "module.cpp")
+SOURCES = (*(ROOT / "csrc/cuda").glob("*.cu"), HOST / "module.cpp")
 FLAGS = "-std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off"
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized"  # "unroll"; pybind11 under sanitizers
 
@@ -76,3 +81,13 @@ def load(library: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, host: ModuleType, number: int = 0, **properties: int) -> None:
+    """The cuda backend calls these kernels, which believe to be on device `number` of such properties."""
+    shared = {"shared_per_block": 227 << 10, "shared_per_processor": 228 << 10, "most_cluster": 8}
+    properties = shared | properties
+    host.device(clusters=properties["most_cluster"] > 0, **properties)
+    monkeypatch.setattr(cuda, "_kernels", host)
+    monkeypatch.setattr(cuda, "_queue", lambda _: {"device": number, "stream": 0})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

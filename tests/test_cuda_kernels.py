@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from logitless.backends import BASIS, WANTED, Chunk, Combination, Normalizers, c
 from logitless.backends import torch as specification
 from logitless.divergences import SUMS
 from logitless.engine import statistics as algebra
+from logitless.ops.tokens import cuda as tokens
+from logitless.ops.tokens import recipe as recipes
+from logitless.ops.tokens.recipe import Recipe
 from test_row_kernels import (
     INFINITY,
     JSD,
@@ -31,6 +35,7 @@ from test_row_kernels import (
     check,
     check_row_sum,
     double,
+    filtered,
     near,
     normalizers_of,
     shaped,
@@ -82,10 +87,7 @@ def use(host, monkeypatch):
     """use(name): the cuda backend runs on that device of DEVICES."""
 
     def chosen(name: str) -> None:
-        properties = DEVICES[name]
-        host.device(clusters=properties["most_cluster"] > 0, **properties)
-        monkeypatch.setattr(cuda, "_kernels", host)
-        monkeypatch.setattr(cuda, "_queue", lambda _: {"device": list(DEVICES).index(name), "stream": 0})
+        cuda_build.serve(monkeypatch, host, list(DEVICES).index(name), **DEVICES[name])
         host.launches()
 
     yield chosen
@@ -314,7 +316,7 @@ OF_TEACHER = {"p", "q_log_ratio", "jsd"}
 
 @needs_host
 @pytest.mark.parametrize("columns", [17, LONG])
-@pytest.mark.parametrize("shape", ["near", "apart", "masked student", "masked teacher"])
+@pytest.mark.parametrize("shape", ["near", "apart", "masked student", "masked teacher", "filtered"])
 @pytest.mark.parametrize("row_sum", ROW_SUMS, ids=str)
 def test_every_row_sum(use, row_sum, shape, columns):
     use("block")
@@ -362,6 +364,28 @@ def test_fused(way, columns, names):
     student, teacher = pair_of(columns, bias=True)
     teacher = teacher if names & OF_TEACHER else None
     check_fused(student, teacher, combination_of(names, columns), targets=targets_of(columns))
+
+
+@needs_host
+@pytest.mark.parametrize("columns", [3, 1000, LONG])
+@pytest.mark.parametrize("softcap", [None, 20.0], ids=["", "softcap"])
+def test_filtered(way, columns, softcap):
+    """Columns below a row's floor do not exist; their gradients are exactly 0, whatever is given there."""
+    student, teacher = pair_of(columns, bias=True, softcap=softcap)
+    student = filtered(student)
+    dropped = specification.raw(student) < student.floor[:, None]
+    combination = combination_of({*BASIS, "jsd"}, columns, given_rows=True)
+    combination.rows[dropped & (torch.rand(dropped.shape) < 0.5)] = float("nan")
+    for other in (teacher, filtered(teacher)):
+        check_statistics(student, other, targets=targets_of(columns), weights=0.1 + torch.rand(columns))
+        given = (student, other, normalizers_of(student, other), combination)
+        ours = gradient_of(cuda, *given)
+        check("gradient", ours, gradient_of(specification, *given), gradient_of(specification, *double(given)))
+        assert bool((ours[dropped] == 0).all())
+    alone = combination_of({"q", "q_log_q", "q_squared", "q_lse"}, columns)
+    assert bool((check_fused(student, None, alone, targets=targets_of(columns), wanted=())[dropped] == 0).all())
+    of_pair = combination_of({"q", "q_log_ratio", "jsd"}, columns)
+    check_fused(student, teacher, replace(of_pair, weights=None), wanted=())
 
 
 @needs_host
@@ -582,12 +606,16 @@ BARRIERS = {  # of csrc/cuda: the device on which it is reached, and the call
     11: ("block", "gradient"),
     12: ("block", "gradient"),
     13: ("block", "log_sum"),
+    **dict.fromkeys((14, 15, 16), ("block", "tokens")),
 }
 
 
 @needs_host
 def test_the_barriers_have_a_test():
-    source = "".join(path.read_text() for path in (cuda_build.ROOT / "csrc/cuda").iterdir())
+    source = "".join(
+        (cuda_build.ROOT / "csrc/cuda" / name).read_text()
+        for name in ("block.cuh", "fused.cu", "passes.cu", "tokens.cu")
+    )
     assert {int(number) for number in re.findall(r"barrier<(\d+)>\(", source)} == BARRIERS.keys()
 
 
@@ -607,6 +635,10 @@ def test_no_barrier_can_be_left_out(host, use, monkeypatch, number):
             return [out, *found.values()]
         if call == "statistics":
             return list(cuda.statistics(student, teacher, targets=None, weights=None, wanted=WANTED).values())
+        if call == "tokens":
+            others = [2 * x - 1 for x in tokens_of(**MANY_TOKENS)["inputs"]]
+            tokens_by_kernel(**MANY_TOKENS, inputs=others)  # other numbers in memory that is used again
+            return tokens_by_kernel(**MANY_TOKENS)
         if call == "generic":
             return list(cuda.generic(student, teacher, normalizers, JSD, combination.generic[0][1]))
         if call == "log_sum":
@@ -654,7 +686,7 @@ def test_address_sanitizer():
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "LOGITLESS_CUDA_HOST": str(library),
     }
-    chosen = "test_every_alignment or test_shapes or test_low_precision or test_in_place"
+    chosen = "test_every_alignment or test_shapes or test_low_precision or test_in_place or test_tokens"
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env=environment,
@@ -662,7 +694,113 @@ def test_address_sanitizer():
     )
 
 
+# ------------------------------------------------------------------ token objectives, beside test_token_kernels.py
+
+MANY_TOKENS = {  # several blocks, pieces of every kind: see csrc/cuda/tokens.cu
+    "recipe": Recipe(
+        inputs=("logprob", "old_logprob", "advantages", "ref_logprob", "weights", "entropy", "rollout_logprob"),
+        gradients=(0, 5),
+        old=1,
+        advantages=2,
+        ratio=recipes.Ratio("sequence-mean"),
+        surrogate=recipes.Surrogate("clip", (0.2, 0.3, INFINITY, INFINITY)),
+        penalties=(recipes.Penalty("k3", 0.1, other=3), recipes.Penalty("input", -0.2, other=5)),
+        factors=(recipes.Factor("rejection_k3", 1, 6, "max", high=0.8),),
+        weights=4,
+        entropy=5,
+        denominator="sequences",
+    ),
+    "lengths": (1, 0, 700, 130, 3, 2500, 5, 900),
+    "behind": 7,
+}
+
+
+def tokens_of(recipe: Recipe, lengths: tuple[int, ...], behind: int = 0) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(0)
+    count = sum(lengths) + behind
+    logprob = -3 * torch.rand(count, generator=generator)
+    inputs = [logprob] + [logprob + 0.3 * torch.randn(count, generator=generator) for _ in recipe.inputs[1:]]
+    return {
+        "inputs": inputs,
+        "mask": torch.rand(count, generator=generator) > 0.3,
+        "offsets": torch.tensor([0, *lengths]).cumsum(0),
+    }
+
+
+def tokens_by_kernel(recipe: Recipe, lengths: tuple[int, ...], behind: int = 0, **changed) -> list[Tensor]:
+    given = tokens_of(recipe, lengths, behind) | changed
+    results, state = tokens.forward(recipe, tuple(given["inputs"]), given["mask"], given["offsets"], None, True)
+    return [results, *tokens.backward(recipe, state, torch.tensor(3.0))]
+
+
+@needs_host
+@pytest.mark.parametrize("order", ["1", "2", "3"])
+def test_tokens_in_any_order_of_threads_and_blocks(use, monkeypatch, order):
+    """Whichever block comes last adds up all of them, and leaves the ticket for the next call."""
+    use("block")
+    expected = tokens_by_kernel(**MANY_TOKENS)
+    monkeypatch.setenv("CUDA_HOST_ORDER", order)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(expected, tokens_by_kernel(**MANY_TOKENS), strict=True))
+        assert tokens._ticket_of(torch.device("cpu"), 0) == 0
+
+
+def test_tickets(monkeypatch):
+    """One for each stream, and one for each captured call."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    first, again, other = [tokens._ticket(torch.device("cpu"), stream) for stream in (1, 1, 2)]
+    assert first is again and first.data_ptr() != other.data_ptr()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = [tokens._ticket(torch.device("cpu"), 1) for _ in range(2)]
+    assert len({ticket.data_ptr() for ticket in (first, other, *captured)}) == 4
+    assert not any(captured)
+
+
+@needs_host
+def test_tokens_at_every_alignment(use):
+    """Nothing beside the inputs is read that matters: it is NaN."""
+    use("block")
+    given = tokens_of(**MANY_TOKENS)
+    expected = tokens_by_kernel(**MANY_TOKENS)
+    for k in range(1, 5):
+        inputs = [elsewhere(x[None], (k + i) % 4)[0] for i, x in enumerate(given["inputs"])]
+        mask = elsewhere(given["mask"][None].to(torch.float32), k % 4).bool()[0]
+        for a, b in zip(expected, tokens_by_kernel(**MANY_TOKENS, inputs=inputs, mask=mask), strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_host
+@pytest.mark.parametrize("whole", [False, True], ids=["masked", "unmasked"])
+@pytest.mark.parametrize(
+    ("changes", "launches"),
+    [
+        ({}, (2, 2)),
+        ({"ratio": recipes.Ratio(), "factors": ()}, (2, 1)),  # sequences are counted: they need no sums but of the mask
+        ({"ratio": recipes.Ratio(), "factors": (), "denominator": "tokens"}, (1, 1)),
+    ],
+    ids=["sums", "counts", "neither"],
+)
+def test_launches_of_tokens(host, use, changes, launches, whole):
+    use("block")
+    recipe = replace(MANY_TOKENS["recipe"], **changes)
+    given = {"mask": None} if whole else {}
+    host.launches()
+    tokens_by_kernel(recipe, MANY_TOKENS["lengths"], **given)
+    assert host.launches()["single"] == launches[whole] + 1
+
+
 # -------------------------------------------------------------------------------------------------------- nvcc's report
+
+
+INSTANCES = {  # of kernels, by file, and the most registers: 128, so that two blocks of 256 share a processor
+    "cuda-fused": (8, 128),
+    "cuda-passes": (7, 128),
+    "cuda-tokens": (3, 128),
+    "cuda-doubly_stochastic": (10, 160),  # blocks of 64 threads
+    "cuda-sinkhorn": (2, 64),  # four blocks
+    "cuda-l1": (2, 128),
+    "cuda-softmin": (3, 64),
+}
 
 
 def test_registers_and_spills():
@@ -675,11 +813,14 @@ def test_registers_and_spills():
         for entry in report.read_text().split("Compiling entry function")[1:]:
             kernel, arch = re.search(r"'(\S+)' for '(sm_\d+)'", entry).groups()
             spills = sum(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", entry))
-            found[report.parent.name, kernel, arch] = spills, int(re.search(r"Used (\d+) registers", entry).group(1))
-    assert len({kernel for _, kernel, _ in found}) == 15  # see the kernels' files
-    for (_, kernel, arch), (spills, registers) in found.items():
-        most = 128 if "Lb1E" in kernel or "generic" in kernel else 80  # a pair of rows, or one
-        assert spills == 0 and registers <= most, (kernel, arch, spills, registers)
+            registers = int(re.search(r"Used (\d+) registers", entry).group(1))
+            found[report.parent.name, report.name.split(".")[0], kernel, arch] = spills, registers
+    instances = Counter(file for _, file, _ in {(folder, file, kernel) for folder, file, kernel, _ in found})
+    folders = len({report.parent for report in reports})
+    assert {file: count // folders for file, count in instances.items()} == {f: n for f, (n, _) in INSTANCES.items()}
+    for (_, file, kernel, arch), (spills, registers) in found.items():
+        one_row = file in ("cuda-fused", "cuda-passes") and "Lb1E" not in kernel and "generic" not in kernel
+        assert spills == 0 and registers <= (80 if one_row else INSTANCES[file][1]), (kernel, arch, spills, registers)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

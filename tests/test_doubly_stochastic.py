@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from logitless.backends import cpu
 from logitless.ops.sinkhorn import doubly_stochastic, sinkhorn_routing
 from logitless.ops.sinkhorn.doubly_stochastic import DIALECTS
 
@@ -58,7 +59,7 @@ def test_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few matrices at a time, or all: the same bits."""
     from logitless.ops.sinkhorn import torch_kernels
 
-    logits = torch.randn(11, 4, 4, requires_grad=True)
+    logits = torch.randn(11, 4, 4, dtype=torch.float64, requires_grad=True)
     outcomes = []
     for limit in (1 << 20, 48):
         monkeypatch.setattr(torch_kernels, "_limit", lambda tensor, limit=limit: limit)
@@ -114,6 +115,80 @@ def test_logits_of_any_size() -> None:
         assert not found.matrix[0, 0].any() and found.residual[0] >= 1
         assert torch.equal(found.matrix[1], torch.eye(4, dtype=dtype)) and found.residual[1] == 0
         assert found.matrix[2, 0, 0] == 0 and gradient[2, 0, 0] == 0
+
+
+# ---- kernels
+
+COPIES = [] if cpu.PROBLEM else cpu._C.isas()
+
+
+@pytest.fixture
+def copy(request: pytest.FixtureRequest) -> None:
+    best = cpu._C.isa()
+    request.addfinalizer(lambda: cpu._C.force_isa(best))
+    cpu._C.force_isa(request.param)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 16, 17, 33, 64])
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("copy", COPIES, indirect=True)
+def test_accuracy_of_copies(copy: None, dialect: str, n: int) -> None:
+    """Every C++ copy, below and above the size that fits lanes, with logits that leave float's range among others."""
+    logits, upstream = 2 * torch.randn(3 + 2000 // n**2, n, n), torch.randn(3 + 2000 // n**2, n, n)
+    if dialect == "exact":
+        logits[1::4] *= 20
+    outcomes = []
+    for kind in (None, torch.float64, torch.float32):
+        leaf = logits.to(kind or torch.float32, copy=True).requires_grad_()
+        matrix, residual = (
+            doubly_stochastic(leaf, 20, dialect) if kind is None else (reference(leaf, 20, dialect), None)
+        )
+        outcomes.append((matrix.detach(), *torch.autograd.grad(matrix, leaf, upstream.to(matrix.dtype))))
+        if kind is None:
+            sums = torch.cat([matrix.sum(-1), matrix.sum(-2)], -1)
+            torch.testing.assert_close(residual, (sums - 1).abs().amax(-1), rtol=1e-4, atol=2e-6)
+    for mine, exact, baseline in zip(*outcomes):
+        mistakes = [(x.double() - exact).norm() for x in (mine, baseline)]
+        assert mistakes[0] <= 1.5 * mistakes[1] + 1e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("n", [3, 4, 20])
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("copy", COPIES, indirect=True)
+def test_neighbours_change_nothing(copy: None, dialect: str, n: int) -> None:
+    """A matrix has the same bits alone as among others, also NaN ones and those of the log domain; on any threads."""
+    logits, upstream = torch.randn(37, n, n), torch.randn(37, n, n)
+    logits[5] *= 1e4
+    logits[9, 0, 0] = torch.nan
+    logits[11, 0, :2] = -torch.inf
+
+    def outcome(some: slice) -> tuple:
+        leaf = logits[some].clone().requires_grad_()
+        found = doubly_stochastic(leaf, 20, dialect)
+        return found.matrix.detach(), found.residual, *torch.autograd.grad(found.matrix, leaf, upstream[some])
+
+    whole = outcome(slice(None))
+    assert all(x[9].isnan().all() and x.isnan().sum() == x[9].numel() for x in whole)
+    for some in (slice(0, 1), slice(4, 7), slice(10, 37)):
+        for part, x in zip(outcome(some), whole):
+            assert torch.equal(part, x[some])
+
+
+@pytest.mark.parametrize("dialect", ["exact", "megatron"])
+@pytest.mark.parametrize("n", [4, 6, 20])
+def test_log_domain(dialect: str, n: int) -> None:
+    """Ranges of logits that floats of exp(logits) do not have."""
+    logits = 200 * torch.randn(30, n, n)
+    if dialect == "exact":
+        logits[3, 0] = -torch.inf
+        logits[4, :, 1] = -torch.inf
+    outcomes = []
+    for dtype in (torch.float32, torch.float64):  # the latter in torch
+        leaf = logits.to(dtype).requires_grad_()
+        found = doubly_stochastic(leaf, 20, dialect)
+        outcomes.append((*found, *torch.autograd.grad((found.matrix**2).sum(), leaf)))
+    for mine, exact in zip(*outcomes):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_no_matrices() -> None:

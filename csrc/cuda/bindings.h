@@ -1,4 +1,4 @@
-// logitless._C.cuda: the launchers of cuda/rows.h for Python.
+// logitless._C.cuda: the launchers of cuda/rows.h and cuda/tokens.h for Python. TokenRecipe is bound elsewhere.
 
 #pragma once
 
@@ -9,6 +9,8 @@
 
 #include "../bindings.h"
 #include "rows.h"
+#include "sinkhorn_bindings.h"
+#include "tokens.h"
 
 namespace logitless::cuda {
 namespace {
@@ -79,19 +81,89 @@ void bind_launcher(py::module_& module, const char* name, int (*launcher)(const 
                py::arg("out") = std::tuple<Address, std::int64_t, int>(0, 0, 0));
 }
 
+TokenCall token_call(const TokenRecipe& recipe, std::int64_t tokens, std::int64_t sequences) {
+    TokenCall call = {};
+    call.recipe = recipe;
+    call.tokens = tokens;
+    call.sequences = sequences;
+    return call;
+}
+
+template <class Launcher>
+void launch_tokens(Launcher launcher, const TokenCall& call, int device, Address stream) {
+    const int error = [&] {
+        const py::gil_scoped_release unlocked;
+        return launcher(&call, device, pointer<void>(stream));
+    }();
+    if (error) throw std::runtime_error(std::string("CUDA: ") + logitless_cuda_error(error));
+}
+
+void bind_tokens(py::module_& module) {
+    module.def(
+        "token_workspace",
+        [](const TokenRecipe& recipe, int device, std::int64_t tokens, std::int64_t sequences) {
+            const TokenCall call = token_call(recipe, tokens, sequences);
+            return logitless_cuda_token_workspace(&call, device);
+        },
+        py::arg("recipe"), py::kw_only(), py::arg("device"), py::arg("tokens"), py::arg("sequences"));
+    module.def(
+        "tokens",
+        [](const TokenRecipe& recipe, int device, Address stream, std::int64_t tokens, std::int64_t sequences,
+           const std::vector<std::pair<Address, bool>>& inputs, Address mask, Address offsets, Address denominator,
+           Address results, Address slopes, Address through, Address workspace, Address ticket) {
+            TokenCall call = token_call(recipe, tokens, sequences);
+            for (std::size_t slot = 0; slot < inputs.size(); ++slot) {
+                call.inputs[slot] = pointer<const float>(inputs[slot].first);
+                call.per_sequence |= static_cast<unsigned>(inputs[slot].second) << slot;
+            }
+            call.mask = pointer<const bool>(mask);
+            call.offsets = pointer<const std::int64_t>(offsets);
+            call.denominator = pointer<const float>(denominator);
+            call.results = pointer<double>(results);
+            call.slopes = pointer<float>(slopes);
+            call.through = pointer<bool>(through);
+            call.workspace = pointer<double>(workspace);
+            call.ticket = pointer<unsigned>(ticket);
+            launch_tokens(logitless_cuda_tokens, call, device, stream);
+        },
+        py::arg("recipe"), py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("tokens"),
+        py::arg("sequences"), py::arg("inputs"), py::arg("mask"), py::arg("offsets"), py::arg("denominator"),
+        py::arg("results"), py::arg("slopes"), py::arg("through"), py::arg("workspace"), py::arg("ticket"));
+    module.def(
+        "tokens_backward",
+        [](const TokenRecipe& recipe, int device, Address stream, std::int64_t tokens, std::int64_t sequences,
+           Address offsets, Address results, Address slopes, Address through, Address workspace, Address upstream,
+           Address out) {
+            TokenCall call = token_call(recipe, tokens, sequences);
+            call.offsets = pointer<const std::int64_t>(offsets);
+            call.results = pointer<double>(results);
+            call.slopes = pointer<float>(slopes);
+            call.through = pointer<bool>(through);
+            call.workspace = pointer<double>(workspace);
+            call.upstream = pointer<const float>(upstream);
+            call.out = pointer<float>(out);
+            launch_tokens(logitless_cuda_tokens_backward, call, device, stream);
+        },
+        py::arg("recipe"), py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("tokens"),
+        py::arg("sequences"), py::arg("offsets"), py::arg("results"), py::arg("slopes"), py::arg("through"),
+        py::arg("workspace"), py::arg("upstream"), py::arg("out"));
+}
+
 void bind(py::module_ module) {
+    bind_tokens(module);
     const auto chunk = [](Address z, std::int64_t stride, int type, Address bias, Address outer,
-                          std::optional<float> inner) {
+                          std::optional<float> inner, Address floor) {
         return Chunk{pointer<const void>(z), stride, static_cast<Type>(type), pointer<const float>(bias),
-                     pointer<const float>(outer), inner.value_or(0.0f), inner.has_value()};
+                     pointer<const float>(outer), inner.value_or(0.0f), inner.has_value(), pointer<const float>(floor)};
     };
     py::class_<Chunk>(module, "Chunk", py::module_local())
         .def(py::init(chunk), py::kw_only(), py::arg("z"), py::arg("stride"), py::arg("type"), py::arg("bias"),
-             py::arg("outer"), py::arg("inner"));
+             py::arg("outer"), py::arg("inner"), py::arg("floor"));
     bind_launcher(module, "statistics", logitless_cuda_statistics);
     bind_launcher(module, "generic", logitless_cuda_generic);
     bind_launcher(module, "gradient", logitless_cuda_gradient);
     bind_launcher(module, "fused", logitless_cuda_fused);
+    bind_sinkhorn(module);
     module.def(
         "problem",
         [](int device) -> std::optional<std::string> {

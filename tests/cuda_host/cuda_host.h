@@ -3,9 +3,9 @@
 // TMA. It says nothing of performance, and nothing of memory order between threads that run at the same time.
 //
 // Each block has shared memory of its own, NaN before it begins and after it has ended. cp.async copies when it is
-// waited for. CUDA_HOST_ORDER says in which order threads run: 0 forward, 1 backward, any other number seeds an order
-// that is new each round, and warps and blocks that are left behind for a while. Threads that wait in vain for each
-// other abort.
+// waited for. CUDA_HOST_ORDER says in which order threads and clusters run: 0 forward, 1 backward, any other number
+// seeds an order, for threads a new one each round, and warps and blocks that are left behind for a while. Threads that
+// wait in vain for each other abort.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -250,8 +250,12 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Argument), c
         }
     }
     std::mt19937 random(order);
-    for (unsigned first = 0; first < gridDim.x; first += size) {
-        for (Block& block : blocks.blocks) block.index = {first + block.rank, 0, 0};
+    std::vector<unsigned> first(gridDim.x / size);
+    std::iota(first.begin(), first.end(), 0);
+    if (order == 1) std::reverse(first.begin(), first.end());
+    if (order > 1) std::shuffle(first.begin(), first.end(), random);
+    for (const unsigned number : first) {
+        for (Block& block : blocks.blocks) block.index = {number * size + block.rank, 0, 0};
         run_cluster(fibers, random, order);
     }
     pool.swap(fibers);
@@ -284,6 +288,23 @@ inline void __syncwarp(unsigned = ~0u) { ::cuda_host::wait(::cuda_host::warp());
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     return ::cuda_host::shuffle(value, (::cuda_host::fiber->index % 32) ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, bool flag) {
+    unsigned found = 0;
+    for (int lane = 0; lane < 32; ++lane) found |= unsigned(cuda_host::shuffle(flag, lane)) << lane;
+    return found;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline void __threadfence() {}
+inline unsigned atomicInc(unsigned* at, unsigned most) {
+    const unsigned before = *at;
+    *at = before >= most ? 0 : before + 1;
+    return before;
+}
+template <class T>
+T __ldcg(const T* from) {
+    return *from;
 }
 template <class T>
 void __stwb(T* to, T value) {

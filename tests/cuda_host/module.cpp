@@ -4,10 +4,13 @@
 #include "cuda_host.h"
 
 #include "../../csrc/cuda/bindings.h"
+#include "../../csrc/token_recipe.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(cuda_host, module) {
+    using logitless::TokenRecipe;
+    py::class_<TokenRecipe>(module, "TokenRecipe", py::module_local()).def(py::init(&logitless::token_recipe));
     logitless::cuda::bind(module);
     module.def(
         "device",

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from logitless.backends import Chunk
 from logitless.engine import plan as planning
-from logitless.engine import scan
+from logitless.engine import scan, statistics
 from logitless.engine.heads import Tile
 from logitless.engine.memory import padded
 from logitless.engine.problem import HeadSpec, Request
 from logitless.logits import Logits, check_floating, check_logits
 from logitless.losses.checks import check_choice
 from logitless.ops.sinkhorn import gradients, kernels
-from logitless.ops.sinkhorn.kernels import Cost, Dense, Points
+from logitless.ops.sinkhorn.kernels import Cost, Dense, Points, Probabilities
 
 KINDS = ("sqeuclidean", "euclidean", "l1", "cosine")
 NARROW = 1024  # columns of a slice that are still enough for an efficient product
@@ -76,8 +77,8 @@ class PointCost:
             x, y = x - center, y - center
         points = Points(x, y, self.kind)
         count, n, m = points.shape
-        stored = 2 * count * n * m * x.element_size() <= workspace  # with its gradient
-        return gradients.build(points) if stored else points
+        matrices = 2 * count + 1  # with their gradients, and the plan that a run keeps of one problem
+        return gradients.build(points) if matrices * n * m * x.element_size() <= workspace else points
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,58 +181,54 @@ def _masked(cost: Tensor, mask_a: Tensor | None, mask_b: Tensor | None) -> Dense
     return Dense(cost)
 
 
+def _joined(parts: list[list[Tensor]]) -> list[Tensor]:
+    """Tensors of consecutive problems, each kind in one."""
+    return parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
+
+
 class _ProbabilityL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx, specs: tuple[HeadSpec, HeadSpec], sizes: tuple[int, int], workspace: int, *tensors: Tensor):
         slices = _Slices(specs, tensors, sizes, workspace)
-        cost = torch.zeros((slices.count, *sizes), dtype=torch.float64, device=tensors[0].device)
-        moments = torch.zeros_like(cost) if any(specs[0].wants_grad + specs[1].wants_grad) else None
-        for problems, tiles in slices.groups():
-            slices.normalize(tiles)
-            for pair in tiles:
-                p, q = slices.probabilities(pair)
-                part, moment = slices.kernels.l1(p, q, moments is not None)
-                cost[problems] += part
-                if moments is not None:
-                    moments[problems] += moment
-        ctx.specs, ctx.sizes, ctx.workspace = specs, sizes, workspace
-        ctx.save_for_backward(cost if moments is not None else None, moments, *slices.normalizers, *tensors)
+        wanted = any(specs[0].wants_grad + specs[1].wants_grad)
+        found, normalizers = [], []
+        for _, tiles in slices.groups():
+            normalizers.append(slices.normalize(tiles))
+            sums = [slices.kernels.l1(*slices.probabilities(pair, normalizers[-1]), wanted) for pair in tiles]
+            found.append([sum(x[1:], x[0]) for x in zip(*sums) if x[0] is not None])
+        cost, *moments = _joined(found)
+        if wanted:
+            ctx.specs, ctx.sizes, ctx.workspace = specs, sizes, workspace
+            ctx.save_for_backward(cost, *moments, *_joined(normalizers), *tensors)
         return cost.to(slices.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         cost, moments, *saved = ctx.saved_tensors
-        tensors = saved[4:]
-        slices = _Slices(ctx.specs, tensors, ctx.sizes, ctx.workspace, saved[:4])
+        normalizers, tensors = saved[:4], saved[4:]
+        slices = _Slices(ctx.specs, tensors, ctx.sizes, ctx.workspace)
         wanted = [side for side in (0, 1) if any(ctx.specs[side].wants_grad)]
-        given = (upstream, upstream.mT)
-        expected = [
-            (gradient * moment).sum(-1).to(slices.dtype).flatten()
-            for gradient, moment in zip(given, (moments, (cost - moments).mT), strict=True)
-        ]
         groups = list(slices.groups())
+        given: dict[int, tuple[Tensor, Tensor]] = {}  # of a side: the upstream gradient, and the moment of its rows
         for side in wanted:
-            slices.heads[side].open_gradients(
-                ctx.specs[side].wants_grad,
-                len(groups) <= 1,
-                (max((tiles[0][side].size[0] for _, tiles in groups), default=0), slices.width),
-                [given[side].abs().sum(-1).flatten()],
-            )
+            head, spec = slices.heads[side], ctx.specs[side]
+            gradient, moment = (upstream, moments) if side == 0 else (upstream.mT, (cost - moments).mT)
+            size = [gradient.abs().sum(-1).flatten()] if spec.linear else []
+            rows = max(tiles[0][side].size[0] for _, tiles in groups)
+            head.open_gradients(spec.wants_grad, len(groups) <= 1, (rows, slices.width), size)
+            given[side] = head.amplified(gradient), moment
         for problems, tiles in groups:
+            here = [x[tile.rows] for x, tile in zip(normalizers, [tile for tile in tiles[0] for _ in range(2)])]
             for pair in tiles:
-                slopes, found = [None, None], [None, None]
-                p, q = slices.probabilities(pair, slopes)
+                sides = slices.probabilities(pair, here)
                 for side in wanted:
-                    own, other = (p, q) if side == 0 else (q, p)
-                    bar = slices.kernels.l1_backward(given[side][problems], own, other).flatten(0, 1)
-                    bar.sub_(expected[side][pair[side].rows, None]).mul_(own.flatten(0, 1))
-                    found[side] = slices.heads[side].amplified(bar.mul_(slopes[side]))
-                for side in wanted:
-                    head = slices.heads[side]
-                    out = head.gradient_buffer(pair[side], slices.buffers[side])
-                    out.copy_(found[side])
-                    head.accumulate(pair[side], out)
+                    head, tile = slices.heads[side], pair[side]
+                    room = slices.room(side, last=side == wanted[-1])
+                    out = head.gradient_buffer(tile, room)
+                    found = out if out.dtype == slices.dtype else tile.of(room)
+                    slices.kernels.l1_backward(*(x[problems] for x in given[side]), sides[side], sides[1 - side], found)
+                    head.accumulate(tile, out if out is found else out.copy_(found))
         gradients: list[Tensor | None] = [None] * len(tensors)
         for side in wanted:
             spec = ctx.specs[side]
@@ -244,7 +241,8 @@ class _ProbabilityL1(torch.autograd.Function):
 class _Slices:
     """A walk over problems and slices of the vocabulary of two heads side by side.
 
-    A slice needs, per column and row of one side, its logits, and in backward its gradient and a temporary.
+    A slice needs, per column and row of one side, its logits, unless they are there already, and in backward its
+    gradient and temporaries.
     """
 
     def __init__(
@@ -253,7 +251,6 @@ class _Slices:
         tensors: Sequence[Tensor],
         sizes: tuple[int, int],
         workspace: int,
-        normalizers: Sequence[Tensor] | None = None,
     ) -> None:
         self.heads = scan.heads(specs, tensors)
         first = self.heads[0]
@@ -263,60 +260,61 @@ class _Slices:
         per_problem = 4 * sum(sizes) * first.dtype.itemsize
         self.together = min(max(1, workspace // (per_problem * min(NARROW, self.columns))), max(1, self.count))
         self.width = min(max(1, workspace // (per_problem * self.together)), self.columns)
-        self.buffers = [padded((size * self.together, self.width), first.dtype, first.device) for size in sizes]
+        self.buffers = [self._buffer(side) if head.buffered else None for side, head in enumerate(self.heads)]
         for head in self.heads:
             if head.spec.linear:
                 head.upcast = min(self.width, max(1, (1 << 20) // head.hidden.shape[1]))
                 head.low_products = planning.machine(head.device).low_products
-        if normalizers is None:  # per side: the maximum of every row, and the sum of exp(s - maximum)
-            normalizers = [
-                torch.full((head.rows,), value, dtype=torch.float64, device=head.device)
-                for head in self.heads
-                for value in (-torch.inf, 0.0)
-            ]
-        self.normalizers = list(normalizers)
+        self._only: dict[int, Chunk] = {}  # the chunks of a single slice, formed for the statistics
 
     def groups(self) -> Iterator[tuple[slice, list[tuple[Tile, Tile]]]]:
         """(problems, their tiles of both sides, from the first column to the last)."""
-        for start in range(0, self.count, self.together):
+        for start in range(0, max(1, self.count), self.together):
             problems = slice(start, min(start + self.together, self.count))
             rows = [slice(problems.start * size, problems.stop * size) for size in self.sizes]
             yield (
                 problems,
                 [
-                    tuple(Tile(r, slice(column, min(column + self.width, self.columns)), r) for r in rows)
+                    tuple([Tile(r, slice(column, min(column + self.width, self.columns)), r) for r in rows])
                     for column in range(0, self.columns, self.width)
                 ],
             )
 
-    def normalize(self, tiles: list[tuple[Tile, Tile]]) -> None:
-        """Maxima and sums over whole rows, merged from slice to slice."""
-        for pair in tiles:
-            for side, tile in enumerate(pair):
-                s = self._logits(side, tile)
-                top, total = (part[tile.rows] for part in self.normalizers[2 * side : 2 * side + 2])
-                largest = torch.maximum(top, s.amax(-1).double())
-                origin = torch.where(largest == -torch.inf, 0, largest)
-                here = (s - origin[:, None].to(s.dtype)).exp_().sum(-1).double()
-                total.mul_((top - origin).exp_()).add_(here)
-                top.copy_(largest)
-        self._filled = len(tiles) == 1
+    def normalize(self, tiles: list[tuple[Tile, Tile]]) -> list[Tensor]:
+        """Per side the maximum of every row, and the sum of exp(s - maximum), merged from slice to slice."""
+        backend, normalizers = kernels.rows(self.heads[0].device, self.dtype), []
+        for side in (0, 1):
+            merged = None
+            for pair in tiles:
+                chunk = self._chunk(side, pair[side])
+                found = backend.statistics(chunk, None, targets=None, weights=None, wanted=frozenset())
+                found = statistics.join(found) if found["max"].dim() == 2 else found
+                merged = found if merged is None else statistics.merge(merged, found)
+            normalizers += [merged["max"], merged["sum"]]
+            if len(tiles) == 1:
+                self._only[side] = chunk
+        return normalizers
 
-    _filled = False  # whether the logits of the only slice are in the buffers still
+    def probabilities(self, pair: tuple[Tile, Tile], normalizers: Sequence[Tensor]) -> list[Probabilities]:
+        """Of both sides; the normalizers are those of the tiles' rows."""
+        chunks = [self._only.pop(side, None) or self._chunk(side, tile) for side, tile in enumerate(pair)]
+        return [
+            Probabilities(chunk, *normalizers[2 * side : 2 * side + 2], self.sizes[side])
+            for side, chunk in enumerate(chunks)
+        ]
 
-    def probabilities(self, pair: tuple[Tile, Tile], slopes: list | None = None) -> list[Tensor]:
-        """[problems, tokens, columns] of both sides; ``slopes`` receives d s / d z."""
-        found = []
-        for side, (tile, size) in enumerate(zip(pair, self.sizes, strict=True)):
-            s = tile.of(self.buffers[side]) if self._filled else self._logits(side, tile)
-            head = self.heads[side]
-            if slopes is not None:
-                slopes[side] = scan.slope(s, head.inner, head.outer[tile.rows])
-            top, total = (part[tile.rows, None] for part in self.normalizers[2 * side : 2 * side + 2])
-            s.sub_(top.to(s.dtype)).exp_().mul_((1 / total).to(s.dtype))
-            found.append(s.unflatten(0, (-1, size)))
-        return found
+    def room(self, side: int, last: bool) -> Tensor | None:
+        """Where a gradient may be written: over the logits, unless the other side still needs them."""
+        if last or self.buffers[side] is None:
+            return self.buffers[side]
+        if self._spare is None:
+            self._spare = self._buffer(side)
+        return self._spare
 
-    def _logits(self, side: int, tile: Tile) -> Tensor:
-        head = self.heads[side]
-        return scan.scale_(head.stashed(tile, tile.of(self.buffers[side]), fill=True))
+    _spare: Tensor | None = None
+
+    def _buffer(self, side: int) -> Tensor:
+        return padded((self.sizes[side] * self.together, self.width), self.dtype, self.heads[side].device)
+
+    def _chunk(self, side: int, tile: Tile) -> Chunk:
+        return self.heads[side].chunk(tile, self.buffers[side])

@@ -51,10 +51,8 @@ def doubly_stochastic(logits: Tensor, iterations: int = 20, dialect: str = "exac
     check_count("iterations", iterations)
     check_choice("dialect", dialect, DIALECTS)
     flat = logits.reshape(-1, *logits.shape[-2:])
-    matrix = _DoublyStochastic.apply(iterations, dialect, flat if flat.dtype == torch.float64 else flat.float())
-    with torch.no_grad():
-        sums = torch.cat([matrix.sum(-1), matrix.sum(-2)], -1)
-        residual = (sums - 1).abs().amax(-1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    matrix, residual = _DoublyStochastic.apply(iterations, dialect, flat)
     return DoublyStochastic(matrix.view(logits.shape), residual.view(logits.shape[:-2]))
 
 
@@ -63,11 +61,13 @@ class _DoublyStochastic(torch.autograd.Function):
     def forward(ctx, iterations: int, dialect: str, logits: Tensor):
         ctx.iterations, ctx.dialect = iterations, dialect
         ctx.save_for_backward(logits)
-        return kernels.select(logits.device, logits.dtype).doubly_stochastic(logits, iterations, dialect)
+        matrix, residual = kernels.select(logits.device, logits.dtype).doubly_stochastic(logits, iterations, dialect)
+        ctx.mark_non_differentiable(residual)
+        return matrix, residual
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, upstream: Tensor, _: Tensor):
         (logits,) = ctx.saved_tensors
         backend = kernels.select(logits.device, logits.dtype)
         return None, None, backend.doubly_stochastic_backward(logits, upstream, ctx.iterations, ctx.dialect)

@@ -1,7 +1,8 @@
 """Gradients: every reading of a cost as a differentiable operation, and the implicit gradient of a converged run.
 
-* unrolled: the solver's loop is recorded by autograd as it stands. A half-iteration keeps two vectors (what went in,
-  what came out) and recomputes its plan in backward: exact for a finite run, in O(iterations (n + m)) memory.
+* unrolled: exact for a finite run, in O(iterations (n + m)) memory. A backend that runs whole problems keeps a history
+  of its own. Otherwise the solver's loop is recorded by autograd as it stands: a half-iteration keeps two vectors (what
+  went in, what came out) and recomputes its plan in backward.
 * implicit: the loop is not recorded. At a fixed point z = Phi(z) a cotangent of z becomes one of Phi's inputs by
   solving w = dz + J^T w, see :class:`FixedPoint`.
 * envelope: the potentials are constants, and the value's gradient is that of the dual, see :mod:`.result`.
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from logitless.ops.sinkhorn import kernels
-from logitless.ops.sinkhorn.kernels import Cost, Dense, Points
+from logitless.ops.sinkhorn.kernels import Cost, Dense, Points, Run, Schedule
 
 
 def softmin(cost: Cost, c: Tensor, epsilon: float) -> Tensor:
@@ -32,6 +33,11 @@ def apply_plan(cost: Cost, r: Tensor, c: Tensor, values: Tensor, epsilon: float,
 def build(points: Points) -> Dense:
     """The cost between points, stored."""
     return Dense(_Build.apply(points.kind, *points.tensors))
+
+
+def whole_run(cost: Dense, a: Tensor, b: Tensor, g: Tensor, schedule: Schedule) -> Run:
+    """A run in one call of the backend, see ``SinkhornKernels.run``; f and g have its exact gradient."""
+    return Run(*_WholeRun.apply(schedule, torch.is_grad_enabled(), g, a, b, cost.cost))
 
 
 class _SoftMin(torch.autograd.Function):
@@ -76,6 +82,28 @@ class _ApplyPlan(torch.autograd.Function):
         )
         of_r, of_c = ((x * y).sum(-1) / ctx.epsilon for x, y in ((upstream, out), (of_values, values)))
         return None, None, None, of_r, of_c, of_values, *found
+
+
+class _WholeRun(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, schedule: Schedule, recorded: bool, g: Tensor, a: Tensor, b: Tensor, cost: Tensor):
+        keep = recorded and any(ctx.needs_input_grad)
+        found = kernels.select(a.device, a.dtype).run(Dense(cost), a, b, g, schedule, keep)
+        rest = (found.rows, found.reached, found.iterations, found.stopped)
+        ctx.schedule = schedule
+        ctx.mark_non_differentiable(*rest)
+        ctx.save_for_backward(a, b, cost, *found.history)
+        return found.f, found.g, *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_f: Tensor, of_g: Tensor, *_):
+        a, b, cost, *history = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5]
+        of_cost, of_a, of_b = kernels.select(a.device, a.dtype).run_backward(
+            Dense(cost), a, b, ctx.schedule, tuple(history), of_f, of_g, wanted
+        )
+        return None, None, None, of_a, of_b, of_cost
 
 
 class _Build(torch.autograd.Function):

@@ -15,8 +15,10 @@ from logitless.engine import plan as planning
 from logitless.logits import check_floating, check_number
 from logitless.losses.checks import check_choice, check_count
 from logitless.ops.loss import check_execution
+from logitless.ops.sinkhorn import kernels
 from logitless.ops.sinkhorn.cost import PointCost, ProbabilityCost, TensorCost
-from logitless.ops.sinkhorn.gradients import FixedPoint, Linearized, apply_plan, done, softmin
+from logitless.ops.sinkhorn.gradients import FixedPoint, Linearized, apply_plan, done, softmin, whole_run
+from logitless.ops.sinkhorn.kernels import Run, Schedule
 from logitless.ops.sinkhorn.problem import Problem, Side
 from logitless.ops.sinkhorn.result import SinkhornResult
 
@@ -51,10 +53,11 @@ def sinkhorn(
         min_P <P, C> + epsilon KL(P | a b^T)     where P 1 = a and P^T 1 = b
         P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon)
 
-    Everything is in the log domain, so that any epsilon is stable; one with which a problem does not converge in
-    ``max_iterations`` gives ``converged`` False and the residual that was reached, not NaN. An iteration is a
-    half-iteration over rows and one over columns (Cuturi 2013; unbalanced: Chizat et al. 2018, Sejourne et al. 2019),
-    and the last half-iteration is a plain one over columns whatever the method: columns are met exactly, rows to
+    Everything is in the log domain, or by scalings of a plan in which potentials are absorbed before those overflow
+    (Schmitzer 2019), so that any epsilon is stable; one with which a problem does not converge in ``max_iterations``
+    gives ``converged`` False and the residual that was reached, not NaN. An iteration is a half-iteration over rows and
+    one over columns (Cuturi 2013; unbalanced: Chizat et al. 2018, Sejourne et al. 2019), and the last half-iteration is
+    a plain one over columns whatever the method: columns are met exactly, rows to
     ``residual``. Balanced problems whose masses differ have no solution: they come out as not converged.
 
     Args:
@@ -150,27 +153,41 @@ def solve(
 ) -> SinkhornResult:
     """Runs a problem, and gives its potentials the gradient asked for."""
     with nullcontext() if gradient == "unrolled" else torch.no_grad():
-        f, g, t, iterations, stopped = run(problem, options, start)
-    reached = t < torch.inf
+        found = run(problem, options, start)
+    f, g = found.f, found.g
     with torch.no_grad():
-        r, c, columns = problem.factors(f, g, reached)
-        rows = apply_plan(problem.cost, r, c, columns[..., None], problem.epsilon)[..., 0]
-        residual = problem.a.residual(f, rows) + problem.b.residual(g, columns)
+        r, c, columns = problem.factors(f, g, found.reached)
+        residual = problem.a.residual(f, found.rows) + problem.b.residual(g, columns)
     if gradient == "implicit" and torch.is_grad_enabled():
-        f, g = _fixed_point(problem, f, g, (r, c), (rows.sqrt(), columns.sqrt()))
+        f, g = _fixed_point(problem, f, g, (r, c), (found.rows.sqrt(), columns.sqrt()))
     return SinkhornResult(
         f.view(*lead, f.shape[1]),
         g.view(*lead, g.shape[1]),
-        iterations.view(lead),
+        found.iterations.view(lead),
         residual.view(lead),
-        (stopped | (residual <= options.tolerance)).view(lead),
+        (found.stopped | (residual <= options.tolerance)).view(lead),
         problem,
-        reached,
+        found.reached,
         gradient,
     )
 
 
-def run(problem: Problem, options: Options, start: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def run(problem: Problem, options: Options, start: tuple[Tensor, Tensor]) -> Run:
+    """Of the backend in one call where it can, else of half-iterations one by one."""
+    cost, a, b = problem.cost, problem.a, problem.b
+    if options.method == "alternating" and kernels.select(a.weights.device, a.weights.dtype).runs(cost):
+        tolerance = options.tolerance if options.stops else None
+        schedule = Schedule(problem.epsilon, options.annealed, options.limit, tolerance, (a.rho, b.rho))
+        return whole_run(cost, a.weights, b.weights, start[1], schedule)
+    f, g, t, iterations, stopped = _loop(problem, options, start)
+    reached = t < torch.inf
+    with torch.no_grad():
+        r, c, columns = problem.factors(f, g, reached)
+        rows = apply_plan(cost, r, c, columns[..., None], problem.epsilon)[..., 0]
+    return Run(f, g, rows, reached, iterations, stopped)
+
+
+def _loop(problem: Problem, options: Options, start: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """(f, g, t, iterations, stopped): potentials, the softmin that g comes from, and per problem how it ended.
 
     After the half-iterations s over rows and t over columns, (p, t's potential) is what the run returns if it ends
@@ -293,8 +310,10 @@ def weights_of(
     name: str, weights: object, size: int, mask: Tensor | None, lead: torch.Size, device: torch.device, dtype
 ) -> Tensor:
     """[B, size], 0 where there is no point."""
+    if weights is None and mask is None:
+        return torch.full((lead.numel(), size), 1 / size, dtype=dtype, device=device)
     if weights is None:
-        live = torch.ones((lead.numel(), size), dtype=dtype, device=device) if mask is None else mask.to(dtype)
+        live = mask.to(dtype)
         return live / live.sum(-1, keepdim=True).clamp(min=1)
     check_floating(name, weights)
     weights = _expanded(name, weights, size, lead, device).to(dtype)

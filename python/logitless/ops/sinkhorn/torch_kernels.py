@@ -7,16 +7,18 @@ through ``out=``, which autocast leaves alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from logitless.ops.sinkhorn.kernels import Cost, Dense, Points
+from logitless.engine import scan
+from logitless.ops.sinkhorn.kernels import Cost, Dense, Points, Probabilities
 
 
 def half_iteration(cost: Cost, c: Tensor, epsilon: float) -> Tensor:
     s = c.new_empty(cost.shape[:2])
-    for problems, rows in _blocks(cost):
+    for problems, rows in blocks(cost):
         _, top, total = _exponentials(_block(cost, problems, rows), c[problems], epsilon)
         s[problems, rows] = -(top + epsilon * total.log())[..., 0]
     return s
@@ -26,7 +28,7 @@ def half_iteration_backward(
     cost: Cost, c: Tensor, s: Tensor, upstream: Tensor, epsilon: float, wanted: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     of_c, gradients = torch.zeros_like(c), _gradients(cost, wanted)
-    for problems, rows in _blocks(cost):
+    for problems, rows in blocks(cost):
         block = _block(cost, problems, rows)
         softmax, _, total = _exponentials(block, c[problems], epsilon)  # of s the last digits would be missed
         softmax.mul_(upstream[problems, rows, None] / torch.where(total == 0, 1, total))
@@ -38,7 +40,7 @@ def half_iteration_backward(
 
 def apply_plan(cost: Cost, r: Tensor, c: Tensor, values: Tensor, epsilon: float, power: int) -> Tensor:
     out = r.new_empty((*r.shape, values.shape[-1]))
-    for problems, rows in _blocks(cost):
+    for problems, rows in blocks(cost):
         block = _block(cost, problems, rows)
         plan = _plan(block, r[problems, rows], c[problems], epsilon)
         out[problems, rows] = _product(_times(plan, block) if power else plan, values[problems])
@@ -50,7 +52,7 @@ def plan_backward(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     columns = c.new_zeros((*c.shape, left.shape[-1]))
     gradients = _gradients(cost, wanted)
-    for problems, rows in _blocks(cost):
+    for problems, rows in blocks(cost):
         block, left_block = _block(cost, problems, rows), left[problems, rows]
         plan = _plan(block, r[problems, rows], c[problems], epsilon)
         weighted = _times(plan, block) if power else plan
@@ -62,43 +64,49 @@ def plan_backward(
     return columns, gradients
 
 
+def runs(cost: Cost) -> bool:
+    return False
+
+
 def build(points: Points) -> Tensor:
     cost = points.x.new_empty(points.shape)
-    for problems, rows in _blocks(points):
+    for problems, rows in blocks(points):
         cost[problems, rows] = _block(points, problems, rows)
     return cost
 
 
 def build_backward(points: Points, cost: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     gradients = _gradients(points, wanted=True)
-    for problems, rows in _blocks(points):
+    for problems, rows in blocks(points):
         _add(gradients, gradient[problems, rows], cost[problems, rows], points, problems, rows)
     return gradients
 
 
-def l1(p: Tensor, q: Tensor, moment: bool) -> tuple[Tensor, Tensor | None]:
-    cost = p.new_empty((*p.shape[:2], q.shape[1]))
-    moments = torch.empty_like(cost) if moment else None
+def l1(p: Probabilities, q: Probabilities, moments: bool) -> tuple[Tensor, Tensor | None]:
+    (p, _), (q, _) = _softmax(p), _softmax(q)
+    cost = p.new_empty((*p.shape[:2], q.shape[1]), dtype=torch.float64)
+    found = torch.empty_like(cost) if moments else None
     for js in _slabs(p, q):
         difference = p[:, :, None] - q[:, None, js]
         cost[..., js] = difference.abs().sum(-1)
-        if moment:
-            moments[..., js] = difference.sign_().mul_(p[:, :, None]).sum(-1)
-    return cost, moments
+        if moments:
+            found[..., js] = difference.sign_().mul_(p[:, :, None]).sum(-1)
+    return cost, found
 
 
-def l1_backward(gradient: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    out = torch.zeros_like(p)
-    for js in _slabs(p, q):
-        out += (p[:, :, None] - q[:, None, js]).sign_().mul_(gradient[..., js, None]).sum(-2)
-    return out
+def l1_backward(gradient: Tensor, moments: Tensor, p: Probabilities, q: Probabilities, out: Tensor) -> None:
+    (p, slope), (q, _) = _softmax(p), _softmax(q)
+    bar = _signs(gradient, p, q).sub_((gradient * moments).sum(-1, keepdim=True).to(p.dtype))
+    torch.mul(bar.mul_(p).flatten(0, 1), slope, out=out)
 
 
-def doubly_stochastic(logits: Tensor, iterations: int, dialect: str) -> Tensor:
-    out = torch.empty_like(logits)
+def doubly_stochastic(logits: Tensor, iterations: int, dialect: str) -> tuple[Tensor, Tensor]:
+    out, residual = torch.empty_like(logits), logits.new_empty(len(logits))
     for matrices in _matrices(logits):
-        out[matrices] = _across(_NORMALIZED[dialect](_across(logits[matrices]), iterations), back=True)
-    return out
+        found = _NORMALIZED[dialect](_across(logits[matrices]), iterations)
+        out[matrices] = _across(found, back=True)
+        residual[matrices] = (torch.cat([found.sum(0), found.sum(1)]) - 1).abs().amax(0)
+    return out, residual
 
 
 def doubly_stochastic_backward(logits: Tensor, gradient: Tensor, iterations: int, dialect: str) -> Tensor:
@@ -114,7 +122,7 @@ def doubly_stochastic_backward(logits: Tensor, gradient: Tensor, iterations: int
 # ---- blocks of a cost
 
 
-def _blocks(cost: Cost) -> Iterator[tuple[slice, slice]]:
+def blocks(cost: Cost) -> Iterator[tuple[slice, slice]]:
     """(problems, rows): several whole problems, or some rows of one."""
     count, n, m = cost.shape
     limit = _limit(cost.tensors[0])
@@ -122,6 +130,24 @@ def _blocks(cost: Cost) -> Iterator[tuple[slice, slice]]:
     for start in range(0, count, together):
         for row in range(0, n, rows):
             yield slice(start, min(start + together, count)), slice(row, min(row + rows, n))
+
+
+def _softmax(of: Probabilities) -> tuple[Tensor, Tensor]:
+    """p [B, tokens, columns], and ds/dz."""
+    chunk, dtype = of.chunk, of.chunk.z.dtype
+    s = scan.scale_(replace(chunk, z=chunk.z.clone()))
+    slope = scan.slope(s, chunk.inner, chunk.outer)
+    top = torch.where(of.max == -torch.inf, 0, of.max)
+    p = s.sub_(top.to(dtype)[:, None]).exp_().mul_((1 / of.sum).to(dtype)[:, None])
+    return p.unflatten(0, (-1, of.tokens)), slope
+
+
+def _signs(gradient: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """sum_j gradient_ij sign(p_iv - q_jv), [B, n, V]."""
+    out = torch.zeros_like(p)
+    for js in _slabs(p, q):
+        out += (p[:, :, None] - q[:, None, js]).sign_().mul_(gradient[..., js, None]).sum(-2)
+    return out
 
 
 def _slabs(p: Tensor, q: Tensor) -> Iterator[slice]:
@@ -194,7 +220,7 @@ def _pairs_backward(gradient: Tensor, cost: Tensor, x: Tensor, y: Tensor, kind: 
     if kind == "cosine":
         return -_product(gradient, y), -_product(gradient.mT, x)
     if kind == "l1":
-        return l1_backward(gradient, x, y), l1_backward(gradient.mT, y, x)
+        return _signs(gradient, x, y), _signs(gradient.mT, y, x)
     if kind == "sqeuclidean":
         gradient = 2 * gradient
     else:  # at distance 0 the subgradient 0
