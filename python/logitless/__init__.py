@@ -2,7 +2,7 @@
 
 from logitless import cache, decoding
 from logitless.logits import DenseLogits, LinearLogits, TopKLogits
-from logitless.losses import classification, contrastive, distillation, marginal, policy, preference
+from logitless.losses import classification, contrastive, distillation, marginal, policy, preference, transport
 from logitless.ops.functional import cross_entropy, divergence, linear_cross_entropy
 from logitless.ops.logprobs import TokenStats, logprobs
 from logitless.ops.loss import LossResult
@@ -19,6 +19,7 @@ from logitless.ops.sinkhorn import (
     sinkhorn_routing,
 )
 from logitless.ops.topk import topk, topk_logprobs
+from logitless.support import KeepIds, MinP, TopK, TopP
 from logitless.terms import CrossEntropy, Divergence, Entropy, LogProb, Objective, Term, ZLoss, f_divergence, row_term
 
 __version__ = "0.1.0"
@@ -28,9 +29,11 @@ __all__ = [
     "Divergence",
     "DoublyStochastic",
     "Entropy",
+    "KeepIds",
     "LinearLogits",
     "LogProb",
     "LossResult",
+    "MinP",
     "Objective",
     "PointCost",
     "ProbabilityCost",
@@ -38,7 +41,9 @@ __all__ = [
     "SinkhornResult",
     "Term",
     "TokenStats",
+    "TopK",
     "TopKLogits",
+    "TopP",
     "ZLoss",
     "cache",
     "classification",
@@ -61,4 +66,5 @@ __all__ = [
     "sinkhorn_routing",
     "topk",
     "topk_logprobs",
+    "transport",
 ]

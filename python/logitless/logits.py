@@ -10,7 +10,7 @@ temperature that is not positive) are checked by the engine, see :mod:`logitless
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -212,6 +212,11 @@ Logits = LinearLogits | DenseLogits
 def check_logits(name: str, logits: object) -> None:
     if not isinstance(logits, (LinearLogits, DenseLogits)):
         raise TypeError(f"{name}: a LinearLogits or DenseLogits, got {type(logits).__name__}")
+
+
+def tempered(logits: Logits, temperature: float) -> Logits:
+    """The same logits, divided by a further temperature."""
+    return logits if temperature == 1 else replace(logits, temperature=logits.temperature * temperature)
 
 
 def check_pair(student: Logits, teacher: Logits | TopKLogits) -> None:

@@ -25,7 +25,7 @@ def cross_entropy(
         targets: [...] integer token ids.
         label_smoothing, class_weights: see :class:`logitless.CrossEntropy`.
         z_loss: coefficient of the squared log-normaliser, added to the loss.
-        options: weights, reduction, denominator, ignore_index, compact, strategy, product, workspace as in
+        options: weights, reduction, denominator, keep, ignore_index, compact, strategy, product, workspace as in
             ``Objective.__call__``.
 
     Returns:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from logitless.logits import check_floating, check_number
 from logitless.losses.checks import check_choice, check_count, check_range
-from logitless.losses.rows import expectation, kl
+from logitless.losses.rows import expectation, kl, sorted_l1
 from logitless.terms import CrossEntropy, Divergence, Objective, Term, row_term
 
 # --- methods that are sums of terms ---
@@ -269,15 +269,10 @@ def uld() -> Term:
     """Universal logit distillation: ``sum_i |p_(i) - q_(i)|``, both sorted in descending order.
 
     Boizard et al. 2024, "Towards cross-tokenizer distillation" (arXiv 2402.12030): Wasserstein-1 where all tokens are
-    equally far apart and labels do not matter, so the vocabularies may differ. Pad the smaller one to the
-    size of the larger with logits of -inf (zero rows of weight, a bias of -inf).
+    equally far apart and labels do not matter. This is the term for one vocabulary, to be added to others;
+    :func:`logitless.transport.uld` takes vocabularies and tokens of any two models, and need not sort whole rows.
     """
-
-    def rows(log_p: Tensor, log_q: Tensor) -> Tensor:
-        p, q = log_p.exp().sort(-1, descending=True).values, log_q.exp().sort(-1, descending=True).values
-        return (p - q).abs().sum(-1)
-
-    return _pair_term(rows, "uld")
+    return _pair_term(lambda log_p, log_q: sorted_l1(log_q.exp(), log_p.exp())[0], "uld")
 
 
 _LOG_F_WEIGHT: dict[str, Callable[[Tensor], Tensor]] = {  # log h of log r, h(r) = r^2 f''(r)

@@ -66,9 +66,8 @@ class Score:
     log_odds    u - log(1 - exp(u))                     ORPO: of an average log-probability, without reference
     ==========  ======================================  =========================================================
 
-    They are f'(e^u) up to the constant that makes s(0) = 0. TRL leaves these constants out, which differences of scores
-    do not show, but nca_pair, bco_pair and sppo_hard do; and TRL's apo_zero, aot_unpaired and the chosen side of
-    apo_down read u whatever the divergence, where ours read s. Exponents are clamped at 80, as TRL's for alpha: no
+    They are f'(e^u) up to the constant that makes s(0) = 0. TRL's nca_pair, bco_pair, sppo_hard, apo_zero, apo_down and
+    aot_unpaired read u whatever the divergence, where ours read s. Exponents are clamped at 80, as TRL's for alpha: no
     gradient beyond.
 
     Args:
