@@ -80,7 +80,23 @@ def top_k_alone(hidden, weight, teacher_hidden, teacher_weight, targets):
     return ll.Divergence("jsd")(ll.LinearLogits(hidden, weight), teacher=teacher).loss
 
 
-NEW = [row_function, several_temperatures, top_k, top_k_alone]
+def filtered(hidden, weight, teacher_hidden, teacher_weight, targets):
+    student = ll.LinearLogits(hidden, weight, softcap=5.0)
+    stats = ll.logprobs(student, targets, entropy=True, keep=(ll.TopK(30), ll.TopP(0.95)))
+    inside = stats.logprob > -torch.inf
+    loss = (ll.LogProb() + ll.Entropy())(student, targets=torch.where(inside, targets, -100), keep=ll.MinP(0.01)).loss
+    return loss + stats.entropy.mean() + torch.where(inside, stats.logprob, 0).mean()
+
+
+def recorded(hidden, weight, teacher_hidden, teacher_weight, targets):
+    keep = ll.KeepIds(torch.cat([targets[:, None], targets[:, None] - 1], -1))
+    student = ll.LinearLogits(hidden, weight)
+    stats = ll.logprobs(student, targets, keep=keep)
+    loss = ll.CrossEntropy()(student, targets=targets, keep=keep).loss
+    return loss + stats.logprob.mean() + 0 * stats.argmax.sum()
+
+
+NEW = [row_function, several_temperatures, top_k, top_k_alone, filtered, recorded]
 
 
 def torch_signature(hidden, weight, teacher_hidden, teacher_weight, targets):

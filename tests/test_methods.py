@@ -19,7 +19,7 @@ from logitless.losses.preference.terms import LOSSES
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 COLUMNS = ["method", "formula", "source", "function", "inputs", "products", "test"]
-MODULES = ("distillation", "policy", "preference", "contrastive", "classification", "marginal", "decoding")
+MODULES = ("distillation", "policy", "preference", "contrastive", "classification", "marginal", "decoding", "transport")
 EXPORTED = {
     f"ll.{module}.{name}": getattr(getattr(ll, module), name)
     for module in MODULES

@@ -49,6 +49,11 @@ CALLS |= {
     "top-k, uniform": lambda s, t, y, w: top_k(s, y, "uniform"),
     "top-k, renormalized": lambda s, t, y, w: top_k(s, y, "renormalize"),
 }
+CALLS |= {
+    "filtered": lambda s, t, y, w: (ll.CrossEntropy() - ll.Entropy())(s, targets=y, keep=(ll.TopK(9), ll.TopP(0.9))),
+    "filtered logprobs": lambda s, t, y, w: ll.logprobs(s, y, keep=ll.MinP(0.1)),
+    "recorded": lambda s, t, y, w: ll.cross_entropy(s, y, keep=ll.KeepIds(torch.zeros(*s.shape, 4, dtype=torch.long))),
+}
 SIZES = {"small": (64, 32, 513), "real": (8192, 4096, 128256)}
 
 
