@@ -66,7 +66,8 @@ $(STAMPS)/%: requirements/%.txt $(STAMPS)/torch
 	$(PIP) -r $<
 	@touch $@
 
-$(STAMPS)/teacher: requirements/teacher.txt $(STAMPS)/venv
+# What these depend on is not needed: a teacher's weights are, and functions of trainers, by themselves.
+$(STAMPS)/teacher $(STAMPS)/peers: $(STAMPS)/%: requirements/%.txt $(STAMPS)/venv
 	$(PIP) --no-deps -r $<
 	@touch $@
 
@@ -76,7 +77,7 @@ $(STAMPS)/package: setup.py pyproject.toml $(shell find csrc -type f) $(STAMPS)/
 	@touch $@
 
 package: $(STAMPS)/package
-test-tools: $(STAMPS)/test
+test-tools: $(STAMPS)/test $(STAMPS)/peers
 demo-tools: $(STAMPS)/demo $(STAMPS)/teacher
 wheel-tools: $(STAMPS)/build $(STAMPS)/wheel
 lint-tools: $(STAMPS)/lint
@@ -98,7 +99,7 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 # The benchmarks run once on small shapes, untimed: they check values and gradients against torch, and must not rot.
 test: test-tools package
 	$(PYTHON) -m pytest benchmarks --quick --benchmark-disable
-	TRITON_INTERPRET=1 LOGITLESS_BACKEND=triton $(PYTHON) -m benchmarks.gpu --quick --device cpu --only losses rows
+	TRITON_INTERPRET=1 LOGITLESS_BACKEND=triton $(PYTHON) -m benchmarks.gpu --quick --device cpu --only losses rows tokens sinkhorn
 	$(PYTHON) -m pytest tests $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: test-tools package

@@ -318,6 +318,7 @@ LOGITS = ("logits",)
 FROZEN = ("logits", "hidden_grad")
 TRAINED = ("logits", "hidden_grad", "weight_grad")
 RECOMPUTED = ("logits", "logits", "hidden_grad", "weight_grad")  # all rows must be known before any gradient is
+REFERENCED = ("logits", "logits", "teacher", "hidden_grad", "weight_grad")  # the same, with a reference model
 DISTILLED = ("logits", "teacher", "hidden_grad", "weight_grad")
 MIB = 1 << 20
 
@@ -333,9 +334,13 @@ def torch_ppo(x: Inputs) -> Tensor:
     return -(x.upstream * (logprob - logprob.detach()).exp()).mean()
 
 
-def ppo(x: Inputs, workspace: int | str) -> Tensor:
-    given = {"targets": x.targets, "advantages": x.upstream, "workspace": workspace}
-    return ll.policy.ppo()(x.student, **given).loss
+def policy(objective: ll.policy.TokenObjective) -> Callable[[Inputs, int | str], Tensor]:
+    """On-policy."""
+    return lambda x, workspace: objective(x.student, targets=x.targets, advantages=x.upstream, workspace=workspace).loss
+
+
+def torch_cispo(x: Inputs) -> Tensor:
+    return -(x.upstream * torch_logprobs(x)).mean()
 
 
 def torch_kdrl(x: Inputs) -> Tensor:
@@ -362,6 +367,21 @@ def gspo(x: Inputs, workspace: int | str) -> Tensor:
     return ll.policy.gspo()(x.student, cu_seqlens=cu_seqlens, **given).loss
 
 
+PAIRED = 4  # tokens per sequence: chosen ones in the first half, rejected ones in the second
+
+
+def torch_dpo(x: Inputs) -> Tensor:
+    student, reference = (both.gather(-1, x.targets[:, None]).view(-1, PAIRED).sum(-1) for both in _log_softmaxes(x))
+    chosen, rejected = (student - reference).chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def dpo(x: Inputs, workspace: int | str) -> Tensor:
+    cu_seqlens = torch.arange(0, len(x.targets) + 1, PAIRED, device=x.targets.device)
+    given = {"reference": x.teacher, "cu_seqlens": cu_seqlens, "workspace": workspace}
+    return ll.preference.dpo()(x.student, targets=x.targets, **given).loss
+
+
 # fmt: off
 CASES = (
     Case("cross_entropy", TRAINED, cross_entropy, {"torch": torch_cross_entropy}, ("products", 1.05)),
@@ -377,9 +397,12 @@ CASES = (
     Case("cross_entropy+forward_kl", DISTILLED, distillation, {"torch": torch_distillation}, ("products", 1.12)),
     Case("topk_forward_kl", TRAINED, topk("bucket"), {"torch": torch_topk_forward_kl}, ("products", 1.10)),
     Case("topk_renormalized", TRAINED, topk("renormalize"), {"torch": torch_topk_renormalized}, ("products", 0.20)),
-    Case("ppo", TRAINED, ppo, {"torch": torch_ppo}, ("products", 1.10)),
+    Case("ppo", TRAINED, policy(ll.policy.ppo()), {"torch": torch_ppo}, ("products", 1.10)),
+    Case("ppo_frozen_head", FROZEN, policy(ll.policy.ppo()), {"torch": torch_ppo}, ("products", 1.10)),
+    Case("cispo", TRAINED, policy(ll.policy.cispo()), {"torch": torch_cispo}, ("products", 1.10)),
     Case("ppo+reverse_kl", DISTILLED, kdrl, {"torch": torch_kdrl}, ("products", 1.12)),
     Case("gspo", RECOMPUTED, gspo, {"torch": torch_gspo}, ("products", 1.10)),
+    Case("dpo", REFERENCED, dpo, {"torch": torch_dpo}, ("products", 1.10)),
     Case("logprobs_frozen_head", FROZEN, logprobs, {"torch": torch_logprobs}, ("products", 1.10)),
     Case("logprobs_no_grad", LOGITS, logprobs, {"torch": torch_logprobs}, ("products", 1.08)),
     Case("forward_kl_64MiB", DISTILLED, divergence("forward_kl"), {"torch": torch_forward_kl}, ("products", 1.20),

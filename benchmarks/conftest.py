@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from benchmarks import cases, report
+from benchmarks import cases, operations, report
 from benchmarks.environment import ROOT, environment, result_path
 
-RECORDS = pytest.StashKey[list[dict]]()
+RECORDS, OPERATION_RECORDS = pytest.StashKey[list[dict]](), pytest.StashKey[list[dict]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RECORDS] = []
+    config.stash[RECORDS], config.stash[OPERATION_RECORDS] = [], []
     config.option.benchmark_quiet = True  # our table has the ratios, and says what was reached
 
 
@@ -30,6 +30,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         every = metafunc.config.getoption("--every") or metafunc.config.getoption("--quick")
         chosen = cases.CASES + cases.MORE_CASES if every else cases.CASES
         metafunc.parametrize("case", chosen, ids=lambda case: case.name)
+    if "operation" in metafunc.fixturenames:
+        metafunc.parametrize("operation", operations.OPERATIONS, ids=lambda operation: operation.name)
 
 
 @pytest.fixture
@@ -53,13 +55,18 @@ def records(request: pytest.FixtureRequest) -> list[dict]:
     return request.config.stash[RECORDS]
 
 
+@pytest.fixture
+def operation_records(request: pytest.FixtureRequest) -> list[dict]:
+    return request.config.stash[OPERATION_RECORDS]
+
+
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
-    records = config.stash[RECORDS]
-    if not records:
+    records, of_operations = config.stash[RECORDS], config.stash[OPERATION_RECORDS]
+    if not records and not of_operations:
         return
     quick = config.getoption("--quick")
     size = cases.QUICK if quick else cases.FULL
-    result = {**environment(), "size": dataclasses.asdict(size), "cases": records}
+    result = {**environment(), "size": dataclasses.asdict(size), "cases": records, "operations": of_operations}
     terminalreporter.write_line("\n" + report.table(result))
     if quick:
         terminalreporter.write_line("--quick: these shapes measure nothing; no file is written.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -32,6 +33,7 @@ def environment() -> dict:
             "logitless": logitless.__version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
+            **_versions("pot", "geomloss"),
         },
         "backend": backends.select(torch.device("cpu"), torch.float32).NAME,
         "instruction_set": None if cpu.PROBLEM else cpu._C.isa(),
@@ -89,6 +91,15 @@ def result_path(environment: dict) -> Path:
         path = RESULTS / f"{device}-{environment['date']}-{again}.json"
         again += 1
     return path
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _git(*arguments: str) -> str | None:

@@ -7,6 +7,8 @@
     sanitizer  compute-sanitizer's memcheck and racecheck over a small set, where it is installed
     losses     time and memory of every operation against its bare cuBLAS products
     rows       bandwidth of row kernels against a copy
+    tokens     time of policy objectives of a million log-probabilities, by replays of a CUDA graph
+    sinkhorn   time of Sinkhorn's kernels, alike
     host       time of the host for a call whose work on the device is next to nothing
 
 It exits with 1 if a test fails or a measurement cannot be made; targets that are not reached are marked in the table.
@@ -51,8 +53,10 @@ from logitless import backends
 from logitless.backends import Chunk, Combination, Normalizers, dispatch
 from logitless.divergences import SUMS
 from logitless.engine import plan as planning
+from logitless.ops.sinkhorn import kernels as sinkhorn_kernels
+from logitless.ops.tokens import kernels as token_kernels
 
-PARTS = ("tests", "sizes", "sanitizer", "losses", "rows", "host")
+PARTS = ("tests", "sizes", "sanitizer", "losses", "rows", "tokens", "sinkhorn", "host")
 FULL, QUICK = Size(8192, 4096, 128256), Size(24, 16, 509)
 MIB, GIB = 1 << 20, 1 << 30
 SANITIZED = "(test_gradient or test_statistics or test_fused) and 1000 and (triton-split or cuda)"
@@ -337,6 +341,105 @@ def keep_for_dispatch(result: dict) -> None:
     dispatch.MEASURED.write_text(json.dumps(capabilities, indent=1) + "\n")
 
 
+# ---- policy objectives
+
+OBJECTIVES = {
+    "ppo, beta": ll.policy.ppo(beta=0.04),
+    "grpo, beta": ll.policy.grpo(beta=0.04),
+    "gspo": ll.policy.gspo(),
+    "cispo": ll.policy.cispo(),
+}
+REPLAYS = 20  # of which a sample is the mean
+
+
+def measure_tokens(name: str, tokens: int, length: int, device: torch.device, rounds: int, clock: Clock) -> dict:
+    """Seconds on the device of value, metrics and gradient, of sequences of one length with a mask."""
+    objective = OBJECTIVES[name]
+    given = {input: -torch.rand(tokens, device=device) for input in objective.reads}
+    cu_seqlens = torch.arange(0, tokens + 1, length, device=device)
+    prepared = objective.prepare(
+        given, like=given["logprob"], mask=torch.rand(tokens, device=device) < 0.9, cu_seqlens=cu_seqlens
+    )
+    recipe, inputs, denominator = objective.recipe(prepared, None)
+    offsets = prepared.segments.offsets if recipe.needs_offsets else None
+    kernels, upstream = token_kernels.select(device, torch.float32), torch.ones((), device=device)
+
+    def run() -> None:
+        _, state = kernels.forward(recipe, tuple(inputs), prepared.given_mask, offsets, denominator, True)
+        kernels.backward(recipe, state, upstream)
+
+    moved = tokens * (4 * len(inputs) + 1 + 4)
+    return {
+        "name": name,
+        "backend": kernels.__name__.rpartition(".")[2],
+        "tokens": tokens,
+        "bytes": moved,
+        "samples": replayed(run, device, rounds, clock),
+    }
+
+
+def replayed(run: Callable[[], object], device: torch.device, rounds: int, clock: Clock) -> list[float]:
+    """Seconds on the device of one replay of the graph that it makes."""
+    replay, replays = run, 1
+    if device.type == "cuda":
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        replay, replays = graph.replay, REPLAYS
+    return [clock(lambda: [replay() for _ in range(replays)]) / replays for _ in range(rounds + 1)][1:]
+
+
+# ---- Sinkhorn
+
+
+def sinkhorn_runs(device: torch.device, quick: bool) -> dict[str, tuple[Callable[[], object], int, float | None]]:
+    """By name: what is run, the bytes it must move, and the microseconds that are the target."""
+    matrices, columns, problems, side = (3, 100, 2, 40) if quick else (32768, 32000, 1024, 16384)
+    iterations = 2 if quick else 20
+    kernels = sinkhorn_kernels.select(device, torch.float32)
+    logits = torch.randn(matrices, 4, 4, device=device)
+    student, teacher = (torch.randn(16, columns, device=device) for _ in range(2))
+    student.requires_grad_()
+    cost, stored, c = (torch.rand(shape, device=device) for shape in ((problems, 64, 64), (1, side, side), (1, side)))
+
+    def sinkd() -> tuple[Tensor, ...]:
+        described = [ll.DenseLogits(x, temperature=2.0) for x in (student, teacher)]
+        found = ll.sinkhorn(ll.ProbabilityCost(*described), epsilon=0.1, iterations=iterations)
+        return torch.autograd.grad(found.transport_cost, student)
+
+    def half(of: Tensor) -> Callable[[], Tensor]:
+        return lambda: kernels.half_iteration(sinkhorn_kernels.Dense(of), c, 0.1)
+
+    many, both, one = f"{matrices} of 4 x 4, {iterations} iterations", 2 * 4 * 16 * columns, 4 * side**2
+    return {
+        f"doubly_stochastic, {many}": (
+            lambda: kernels.doubly_stochastic(logits, iterations, "exact"),
+            2 * 4 * logits.numel(),
+            5.0,
+        ),
+        f"its backward, {many}": (
+            lambda: kernels.doubly_stochastic_backward(logits, logits, iterations, "exact"),
+            3 * 4 * logits.numel(),
+            8.0,
+        ),
+        f"sinkd, n = 16, V = {columns}, forward and backward": (sinkd, 3 * both + both // 2, 30.0),
+        f"{problems} runs of 64 x 64, {iterations} iterations": (
+            lambda: ll.sinkhorn(cost, epsilon=0.1, iterations=iterations).f,
+            4 * cost.numel(),
+            60.0,
+        ),
+        f"half-iteration over rows, {side} x {side}": (half(stored), one, None),
+        f"half-iteration over columns, {side} x {side}": (half(stored.mT), one, None),
+    }
+
+
+def measure_sinkhorn(device: torch.device, quick: bool, rounds: int, clock: Clock) -> Iterator[dict]:
+    for name, (run, moved, target) in sinkhorn_runs(device, quick).items():
+        samples = replayed(run, device, rounds, clock)
+        yield {"name": name, "bytes": moved, "target": target, "samples": samples}
+
+
 # ---- tests
 
 
@@ -351,8 +454,13 @@ def run_tests(part: str, device: str, quick: bool) -> int:
             "tests/test_cuda_kernels.py",
             "tests/test_topk_teacher.py",
             "tests/test_policy_from_logits.py",
+            "tests/test_sinkhorn_kernels.py",
+            *(
+                f"tests/test_token_kernels.py::test_{of}"
+                for of in ("objective", "sizes", "beyond_the_largest_exponent")
+            ),
         ]
-        commands = [[*pytest, *(file for file in files if (ROOT / file).exists())]]
+        commands = [[*pytest, *(file for file in files if (ROOT / file.split("::")[0]).exists())]]
         if quick:
             commands = [[*pytest, "tests/test_logprobs.py", "-k", "triton", "-x"]]
     elif part == "sizes":
@@ -410,6 +518,20 @@ def table(result: dict) -> str:
             f"| {one['name']} | {one['backend']} | {one['rows']} x {one['columns']} | {1e6 * kernel:.0f} "
             f"| {one['bytes'] / kernel / 1e9:.0f} | {copy / kernel:.0%} |"
         )
+    if result["tokens"]:
+        lines += ["", "| objective | backend | tokens | us | GB/s of inputs and gradient |", "|---|---|---|---|---|"]
+    for one in result["tokens"]:
+        seconds = median(one["samples"])
+        lines.append(
+            f"| {one['name']} | {one['backend']} | {one['tokens']} | {1e6 * seconds:.1f} "
+            f"| {one['bytes'] / seconds / 1e9:.0f} |"
+        )
+    if result["sinkhorn"]:
+        lines += ["", "| Sinkhorn | us | target | GB/s |", "|---|---|---|---|"]
+    for one in result["sinkhorn"]:
+        seconds = median(one["samples"])
+        target = "" if one["target"] is None else f"{one['target']:.0f}"
+        lines.append(f"| {one['name']} | {1e6 * seconds:.1f} | {target} | {one['bytes'] / seconds / 1e9:.0f} |")
     if result["host"]:
         lines += ["", "| call | host, us |", "|---|---|"]
     lines += [f"| {one['name']} | {1e6 * median(one['samples']):.0f} |" for one in result["host"]]
@@ -433,7 +555,8 @@ def main() -> int:
             failed.append(part)
     size, rounds = (QUICK, 2) if arguments.quick else (FULL, arguments.rounds)
     clock = Clock(device)
-    result = {**gpu_environment(device), "size": asdict(size), "failed": failed, "losses": [], "rows": [], "host": []}
+    result = {**gpu_environment(device), "size": asdict(size), "failed": failed, "losses": [], "rows": []}
+    result |= {"tokens": [], "sinkhorn": [], "host": []}
     if "losses" in arguments.only:
         for case in CASES:
             result["losses"].append(measure_loss(case, size, device, rounds, clock))
@@ -445,12 +568,18 @@ def main() -> int:
                         continue
                     many = 8 if arguments.quick else 2**28 // columns
                     result["rows"].append(measure_rows(case, backend, many, columns, device, rounds, clock))
+    if "tokens" in arguments.only:
+        tokens, length = (300, 150) if arguments.quick else (1 << 20, 1024)
+        for name in OBJECTIVES:
+            result["tokens"].append(measure_tokens(name, tokens, length, device, rounds, clock))
+    if "sinkhorn" in arguments.only:
+        result["sinkhorn"] += measure_sinkhorn(device, arguments.quick, rounds, clock)
     if "host" in arguments.only:
         for case in CASES:
             if case.name in ("cross_entropy", "jsd", "logprobs_no_grad"):
                 result["host"].append(measure_host(case, device, 1 if arguments.quick else rounds))
     print(table(result))
-    if not arguments.quick and (result["losses"] or result["rows"] or result["host"]):
+    if not arguments.quick and any(result[part] for part in ("losses", "rows", "tokens", "sinkhorn", "host")):
         path = result_path(result)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
@@ -23,8 +24,17 @@ def summary(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
+def operation_summary(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Medians of the samples in seconds, and medians of ours to each peer's round by round."""
+    peers = [name for name in samples if name != "logitless"]
+    return {
+        "medians": {name: median(values) for name, values in samples.items()},
+        "ratios": {f"logitless/{peer}": median(ratios(samples, "logitless", peer)) for peer in peers},
+    }
+
+
 def table(result: dict) -> str:
-    """Markdown: one line per case, with what was measured, its target and whether it was reached."""
+    """Markdown: a line per case and per operation, with what was measured, its target and whether it was reached."""
     size = result["size"]
     commit = result["commit"][:12] + (" (dirty)" if result["dirty"] else "")
     head = (
@@ -33,6 +43,15 @@ def table(result: dict) -> str:
         f"({result['instruction_set'] or 'no extension'}), torch {result['versions']['torch']}, "
         f"Python {result['versions']['python']}, commit {commit}, {result['date']}"
     )
+    tables = []
+    if result["cases"]:
+        tables.append(_table_of_cases(result["cases"]))
+    if result.get("operations"):
+        tables.append(_table_of_operations(result["operations"]))
+    return "\n\n".join([head, *tables])
+
+
+def _table_of_cases(cases: list[dict]) -> str:
     columns = (
         "case",
         "products",
@@ -49,17 +68,47 @@ def table(result: dict) -> str:
         "<= +32 MB",
         "torch beyond MB",
     )
-    lines = [columns, *(_line(case) for case in result["cases"])]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    text = ["| " + " | ".join(cells) + " |" for cells in padded]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     legend = (
         "Ratios: medians over rounds of one process. products: the bare products as one would write them;\n"
         "products_into: the same into existing outputs; torch: materialised logits. beyond: the peak memory of one\n"
         "call beyond inputs, gradients (counted once) and accumulators."
     )
-    return "\n".join([head, "", text[0], rule, *text[1:], "", legend])
+    return _markdown(columns, map(_line, cases)) + "\n\n" + legend
+
+
+def _table_of_operations(operations: list[dict]) -> str:
+    columns = ("operation", "size", "median", "peer", "its median", "/ peer (min-max)", "target", "reached")
+    lines = [_operation_line(operation, peer) for operation in operations for peer in _peers(operation)]
+    return _markdown(columns, lines)
+
+
+def _peers(operation: dict) -> list[str]:
+    return [name for name in operation["medians"] if name != "logitless"]
+
+
+def _operation_line(operation: dict, peer: str) -> tuple[str, ...]:
+    contender, bound = operation["against"]
+    medians, found = operation["medians"], operation["ratios"][f"logitless/{peer}"]
+    spread = ratios(operation["samples"], "logitless", peer)
+    target = (f"{bound:.2f}", _mark(found <= bound)) if peer == contender else ("-", "-")
+    return (
+        operation["name"],
+        operation["size"],
+        f"{1e3 * medians['logitless']:.2f} ms",
+        peer,
+        f"{1e3 * medians[peer]:.2f} ms",
+        f"{found:.3f} ({min(spread):.3f}-{max(spread):.3f})",
+        *target,
+    )
+
+
+def _markdown(columns: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    rows = [columns, *lines]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    text = ["| " + " | ".join(cells) + " |" for cells in padded]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([text[0], rule, *text[1:]])
 
 
 def _line(case: dict) -> tuple[str, ...]:

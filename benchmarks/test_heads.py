@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import perf_counter
 
 import torch
 
 from benchmarks import memory
 from benchmarks.cases import CASES, Case, Inputs, bare_products, products_into, step
 from benchmarks.report import summary
+from benchmarks.rounds import difference, timed
 
 
 def test_head(case: Case, size, rounds, quick, records, benchmark) -> None:
@@ -23,22 +23,9 @@ def test_head(case: Case, size, rounds, quick, records, benchmark) -> None:
     }
     contenders["products_into"] = products_into(case, inputs)
     contenders["products"] = bare_products(case, inputs)
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-
-    def time_the_others() -> None:
-        for name, contender in contenders.items():
-            inputs.clear()
-            start = perf_counter()
-            kept = contender()  # freed after the clock has stopped, as gradients are
-            samples[name].append(perf_counter() - start)
-            del kept
-        inputs.clear()
-
-    benchmark.pedantic(lambda: step(ours, inputs), setup=time_the_others, rounds=rounds, warmup_rounds=1)
-    if benchmark.disabled:
+    samples = timed(benchmark, contenders, lambda: step(ours, inputs), inputs.clear, rounds)
+    if samples is None:
         return
-    samples = {name: values[1:] for name, values in samples.items()}
-    samples["logitless"] = list(benchmark.stats.stats.data)
     peaks = {}
     if not quick:
         peaks = {name: memory.measure(case.name, name, repeats=1, quick=False) for name in case.peers}
@@ -71,12 +58,8 @@ def _check_agreement(case: Case, inputs: Inputs) -> dict[str, float]:
     inputs.clear()
     expected = found.pop("torch")
     differences = {
-        name: max(_difference(a, b) for a, b in zip(tensors, expected, strict=True)) for name, tensors in found.items()
+        name: max(difference(a, b) for a, b in zip(tensors, expected, strict=True)) for name, tensors in found.items()
     }
     bar = case.agreement or (1e-4 if case.dtype == torch.float32 else torch.finfo(case.dtype).eps)
     assert all(difference <= bar for difference in differences.values()), differences
     return differences
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
