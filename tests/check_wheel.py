@@ -214,7 +214,7 @@ def alone() -> None:
     expect(problem and isinstance(problem, str), f"cuda.problem(0) without a GPU: {problem!r}")
     for name in ("statistics", "generic", "gradient", "fused"):
         try:
-            chunk = library.cuda.Chunk(z=0, stride=1, type=0, bias=0, outer=0, inner=None)
+            chunk = library.cuda.Chunk(z=0, stride=1, type=0, bias=0, outer=0, inner=None, floor=0)
             getattr(library.cuda, name)(device=0, stream=0, rows=1, columns=1, student=chunk, teacher=chunk)
         except RuntimeError as error:
             expect(problem in str(error), f"cuda.{name} without a GPU: {error}, not {problem}")
@@ -242,8 +242,8 @@ def check_kernels(library, columns: int) -> None:
         vector(rows, value=beta),
     )
     targets = array("q", [random.randrange(columns) for _ in range(rows)])
-    student = library.Chunk(z=address(z), stride=columns, bias=address(bias), outer=address(scale), inner=None)
-    teacher = library.Chunk(z=address(t), stride=columns, bias=0, outer=address(scale), inner=None)
+    student = library.Chunk(z=address(z), stride=columns, bias=address(bias), outer=address(scale), inner=None, floor=0)
+    teacher = library.Chunk(z=address(t), stride=columns, bias=0, outer=address(scale), inner=None, floor=0)
     names = ("max", "sum", "target", "first", "teacher_max", "teacher_sum")
     sums = {name: vector(rows, "d", 0) for name in names}
     library.statistics(
