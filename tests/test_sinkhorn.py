@@ -433,6 +433,29 @@ def test_probability_cost_is_built_in_slices() -> None:
     assert largest.elements <= max(workspace // 4, 2 * vocab) < n * vocab  # 2 V: the weight's gradient
 
 
+@pytest.mark.parametrize("mask", ["sizes", "flags"])
+def test_what_stands_at_tokens_that_do_not_exist_reaches_no_gradient(mask: str) -> None:
+    hidden, weight = torch.randn(2, 4, 3), torch.randn(9, 3)
+    logits, sizes = torch.randn(2, 5, 9), torch.tensor([4, 2])
+    live = torch.arange(4) < sizes[:, None]
+    given = {
+        "epsilon": 0.1,
+        "iterations": 5,
+        "mask_a": sizes if mask == "sizes" else live,
+        "mask_b": torch.tensor([5, 3]),
+    }
+    found = []
+    for nothing in (0.0, torch.nan):
+        h, w = hidden.masked_fill(~live[..., None], nothing).requires_grad_(), weight.clone().requires_grad_()
+        t = logits.clone()
+        t[1, 3:] = nothing
+        loss = sinkhorn(ProbabilityCost(ll.LinearLogits(h, w), ll.DenseLogits(t)), **given).transport_cost.sum()
+        found.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+    for zeros, nans in zip(*found, strict=True):
+        assert nans.isfinite().all() and torch.equal(zeros, nans)
+    assert (found[1][1][~live] == 0).all()
+
+
 def test_logits_of_minus_infinity() -> None:
     """Columns that do not exist: probability 0, no NaN, no gradient."""
     s, t = torch.randn(3, 9), torch.randn(4, 9)

@@ -93,7 +93,7 @@ def sinkd(
     check_number("scale", scale)
     check_reduction(reduction, denominator)
     mask = None if targets is None else targets != ignore_index
-    sides = [_without(tempered(logits, temperature), mask) for logits in (student, teacher)]
+    sides = [tempered(logits, temperature) for logits in (student, teacher)]
     if samples == "batch" and len(student.shape) > 1:
         sides = [_first_last(logits) for logits in sides]
         mask = None if mask is None else mask.movedim(0, -1)
@@ -256,15 +256,6 @@ def wasserstein_dependency(
     independent = torch.cat([first, second], -1).flatten(-3, -2)
     pairs = torch.cat([x, y], -1)
     return sinkhorn_divergence(pairs, independent, epsilon=epsilon, kind=kind, debias=debias, **options).value
-
-
-def _without(logits: Logits, mask: Tensor | None) -> Logits:
-    """Zeros for what tokens that do not count have: the gradient of a distance is over all tokens."""
-    if mask is None:
-        return logits
-    if isinstance(logits, LinearLogits):
-        return replace(logits, hidden=torch.where(mask[..., None], logits.hidden, 0))
-    return replace(logits, logits=torch.where(mask[..., None], logits.logits, 0))
 
 
 def _first_last(logits: Logits) -> Logits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from logitless.engine import scan, statistics
 from logitless.engine.heads import Tile
 from logitless.engine.memory import padded
 from logitless.engine.problem import HeadSpec, Request
-from logitless.logits import Logits, check_floating, check_logits
+from logitless.logits import LinearLogits, Logits, check_floating, check_logits
 from logitless.losses.checks import check_choice
 from logitless.ops.sinkhorn import gradients, kernels
 from logitless.ops.sinkhorn.kernels import Cost, Dense, Points, Probabilities
@@ -139,7 +139,8 @@ class ProbabilityCost:
 
     def lowered(self, mask_a: Tensor | None, mask_b: Tensor | None, workspace: int) -> Cost:
         request = Request()
-        specs = (request.head(self.student), request.head(self.teacher, differentiable=self.teacher_grad))
+        student, teacher = (_without(*side) for side in ((self.student, mask_a), (self.teacher, mask_b)))
+        specs = (request.head(student), request.head(teacher, differentiable=self.teacher_grad))
         sizes = (self.student.shape[-1], self.teacher.shape[-1])
         return _masked(_ProbabilityL1.apply(specs, sizes, workspace, *request.tensors), mask_a, mask_b)
 
@@ -171,6 +172,16 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _norms(points: Tensor) -> Tensor:
     norms = points.norm(dim=-1, keepdim=True)
     return torch.where(norms == 0, 1, norms)
+
+
+def _without(logits: Logits, mask: Tensor | None) -> Logits:
+    """Zeros for what tokens that do not exist have: NaN times a gradient of 0 would reach that of the weight."""
+    if mask is None:
+        return logits
+    live = mask.reshape(*logits.shape, 1)
+    if isinstance(logits, LinearLogits):
+        return replace(logits, hidden=torch.where(live, logits.hidden, 0))
+    return replace(logits, logits=torch.where(live, logits.logits, 0))
 
 
 def _masked(cost: Tensor, mask_a: Tensor | None, mask_b: Tensor | None) -> Dense:
