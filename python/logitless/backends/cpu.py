@@ -80,9 +80,9 @@ def statistics(
         names += ["teacher_max", "teacher_sum"]
         names += ["forward", "reverse"] if "moments" in wanted else []
     rows, columns = student.z.shape
-    found = dict(zip(names, torch.empty(len(names), rows, dtype=torch.float64).unbind()))
+    found = dict(zip(names, student.outer.new_empty(len(names), rows, dtype=torch.float64).unbind()))
     if "argmax" in wanted:
-        found["argmax"] = torch.empty(rows, dtype=torch.int64)
+        found["argmax"] = student.outer.new_empty(rows, dtype=torch.int64)
     address = _Addresses()
     _C.statistics(
         rows,
@@ -95,7 +95,9 @@ def statistics(
         threads=torch.get_num_threads(),
     )
     if "weighted" in wanted:
-        mass = torch.tensor(float(columns), dtype=torch.float64) if weights is None else weights.double().sum()
+        mass = (
+            student.outer.new_tensor(float(columns), dtype=torch.float64) if weights is None else weights.double().sum()
+        )
         found["mass"] = mass.expand(rows)
     return found
 
@@ -109,7 +111,7 @@ def generic(
 ) -> tuple[Tensor, Tensor]:
     """(sum_j f_j, sum_j h_j) per row, float64; of a log-sum (L, b)."""
     rows, columns = student.z.shape
-    value, slope = torch.empty(2, rows, dtype=torch.float64).unbind()
+    value, slope = student.outer.new_empty(2, rows, dtype=torch.float64).unbind()
     address = _Addresses()
     _C.generic(
         rows,

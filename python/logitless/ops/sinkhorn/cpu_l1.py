@@ -13,7 +13,7 @@ def l1(p: Probabilities, q: Probabilities, moments: bool) -> tuple[Tensor, Tenso
     address = _Addresses()
     rows, columns = p.chunk.z.shape
     problems = rows // p.tokens
-    cost, *found = torch.empty((1 + moments, problems, p.tokens, q.tokens), dtype=torch.float64).unbind()
+    cost, *found = p.max.new_empty((1 + moments, problems, p.tokens, q.tokens)).unbind()
     _C.transport.l1(
         problems,
         columns,

@@ -27,7 +27,7 @@ def forward(
     wanted: bool,
 ) -> tuple[Tensor, State | None]:
     size = inputs[0].numel()
-    derivatives = tuple(torch.empty(size) for _ in recipe.gradients) if wanted else ()
+    derivatives = tuple(inputs[0].new_empty(size) for _ in recipe.gradients) if wanted else ()
     if offsets is not None and int(offsets[-1]) < size:
         size = int(offsets[-1])
         for derivative in derivatives:
@@ -46,7 +46,7 @@ def forward(
         derivatives=[derivative.data_ptr() for derivative in derivatives],
         threads=torch.get_num_threads(),
     )
-    results = torch.tensor(results, dtype=torch.float64)
+    results = inputs[0].new_tensor(results, dtype=torch.float64)
     return results, (results[-1], *derivatives) if wanted else None
 
 

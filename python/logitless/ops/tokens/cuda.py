@@ -60,7 +60,7 @@ def forward(
     compiled, queue = _compiled(cuda._kernels.TokenRecipe, recipe), cuda._queue(device)
     sizes = {"tokens": size, "sequences": 0 if offsets is None else offsets.numel() - 1}
     results = new(len(recipe.results), dtype=torch.float64)
-    slopes = new(len(recipe.gradients), size) if wanted else None
+    slopes = new(len(recipe.gradients), size, dtype=torch.float32) if wanted else None
     through = new(size, dtype=torch.bool) if wanted and recipe.ratio.level in _SPREADING else None
     doubles = cuda._kernels.token_workspace(compiled, device=queue["device"], **sizes)
     workspace = new(doubles, dtype=torch.float64)

@@ -228,7 +228,7 @@ def _counter(device: torch.device) -> Tensor:
     stream; memory of the graph would have to be set to 0 in every replay.
     """
     if device.type == "cpu":
-        return torch.zeros(1, dtype=torch.int32)
+        return torch.zeros(1, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         own = next(_reserve.get(device, iter(())), None)
         return torch.zeros(1, dtype=torch.int32, device=device) if own is None else own
