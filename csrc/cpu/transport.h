@@ -45,7 +45,6 @@ struct L1Backward : L1 {
     std::int64_t out_stride;
 };
 
-
 struct DoublyStochastic {  // count matrices [n, n]
     int n, dialect, iterations;  // dialect: number in doubly_stochastic.cpp
     const float *logits, *upstream;
