@@ -66,11 +66,11 @@ class LinearLogits:
             raise ValueError(
                 f"weight: hidden size {self.weight.shape[1]} differs from that of hidden, {self.hidden.shape[-1]}"
             )
-        _check_alike("weight", self.weight, "hidden", self.hidden)
+        _check_same_kind("weight", self.weight, "hidden", self.hidden)
         if self.bias is not None:
             if list(self.bias.shape) != [self.weight.shape[0]]:
                 raise ValueError(f"bias: needs the shape [{self.weight.shape[0]}], got {list(self.bias.shape)}")
-            _check_alike("bias", self.bias, "weight", self.weight)
+            _check_same_kind("bias", self.bias, "weight", self.weight)
         _check_options(self, padded=self.weight.shape[0])
 
     @property
@@ -221,21 +221,29 @@ def tempered(logits: Logits, temperature: float) -> Logits:
 
 def check_pair(student: Logits, teacher: Logits | TopKLogits) -> None:
     """Teacher and student must describe the same tokens over the same vocabulary, on one device."""
-    if isinstance(teacher, TopKLogits):
-        if teacher.shape != student.shape:
-            raise ValueError(f"teacher: leading shape {list(teacher.shape)}, the student's is {list(student.shape)}")
-        if teacher.device != student.device:
-            raise ValueError(f"teacher: on {teacher.device}, the student is on {student.device}")
-        return
-    if teacher.shape != student.shape:
-        raise ValueError(f"teacher: leading shape {list(teacher.shape)}, the student's is {list(student.shape)}")
-    if teacher.columns != student.columns:
+    if not isinstance(teacher, TopKLogits):
+        check_logits("teacher", teacher)
+    _check_same_tokens("student", student, "teacher", teacher)
+
+
+def check_alike(**named: Logits) -> None:
+    """Logits of the same tokens over the same vocabulary, on one device; ``named`` as the arguments are."""
+    first_name, first = next(iter(named.items()))
+    for name, logits in named.items():
+        check_logits(name, logits)
+        _check_same_tokens(first_name, first, name, logits)
+
+
+def _check_same_tokens(first_name: str, first: Logits, name: str, logits: Logits | TopKLogits) -> None:
+    if logits.shape != first.shape:
+        raise ValueError(f"{name}: leading shape {list(logits.shape)}, that of {first_name} is {list(first.shape)}")
+    if not isinstance(logits, TopKLogits) and logits.columns != first.columns:
         raise ValueError(
-            f"teacher: vocabulary of {teacher.columns}, the student's has {student.columns}; "
+            f"{name}: vocabulary of {logits.columns}, {first_name} has {first.columns}; "
             "if one is padded, pass the true size as vocab_size to it"
         )
-    if teacher.device != student.device:
-        raise ValueError(f"teacher: on {teacher.device}, the student is on {student.device}")
+    if logits.device != first.device:
+        raise ValueError(f"{name}: on {logits.device}, {first_name} is on {first.device}")
 
 
 def check_floating(name: str, tensor: object) -> None:
@@ -284,7 +292,7 @@ def check_number(name: str, value: object, *, above: float | None = None, low: f
         raise ValueError(f"{name}: must be at least {low:g}, got {value}")
 
 
-def _check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def _check_same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name}: on {tensor.device}, {other_name} is on {other.device}")
     if tensor.dtype != other.dtype:

@@ -134,20 +134,19 @@ class TokenwiseTerm(Term):
 # ---- one call
 
 
-@dataclass
-class Gathered:
-    """The tokenwise objectives of a call, prepared."""
+@dataclass(frozen=True)
+class Prepared:
+    """The tokenwise objectives of a call, of which there may be none."""
 
     objectives: dict[int, tuple[float, Tokenwise, object]]  # by place in the sum: (factor, objective, tokens)
     denominator: float | Tensor | None
-
-    @property
-    def row_local(self) -> bool:
-        return all(o.row_local and o.statistics <= STATISTICS.keys() for _, o, _ in self.objectives.values())
+    local: bool  # whether they are terms of the one pass
 
     @property
     def names(self) -> list[str]:
-        """Statistics of the student that are read, log-probabilities always: for metrics."""
+        """Statistics of the student that they read, log-probabilities always: for metrics."""
+        if not self.objectives:
+            return []
         wanted = frozenset().union(*(o.statistics for _, o, _ in self.objectives.values()))
         return ["logprob", *sorted((wanted & STATISTICS.keys()) - {"logprob"})]
 
@@ -155,28 +154,28 @@ class Gathered:
     def read(self) -> list[Term]:
         return [STATISTICS[name] for name in self.names]
 
-    def placed(self, terms: list, place, local: bool) -> list[Term]:
+    def placed(self, terms: list, place) -> list[Term]:
         """The terms of the sum with engine terms for the objectives: those themselves, or log-probabilities."""
         placed = list(terms)
         for i, (_, objective, tokens) in self.objectives.items():
             placed[i] = STATISTICS["logprob"]
-            if local:
+            if self.local:
                 weights = objective.weights(tokens, self.denominator)
                 places = tuple([(name, place(values)) for name, values in tokens.values.items()])
                 mask, weight = place(tokens.mask), place(weights)
                 placed[i] = TokenwiseTerm(objective.key, places, mask, weight)
         return placed
 
-    def channels(self, channel: tuple, count: int, local: bool) -> tuple[tuple, tuple[int, ...], tuple[int, ...]]:
+    def channels(self, channel: tuple, count: int) -> tuple[tuple, tuple[int, ...], tuple[int, ...]]:
         """(channels, raw terms, observed terms): the statistics that are read come after ``count`` other terms."""
         read = tuple(range(count, count + len(self.names)))
         raw = (*self.objectives, *read)
-        if local:
+        if self.local:
             return (channel,), raw, read
         others = tuple([part for part in channel if part[1] not in self.objectives])
         return (*((others,) if others else ()), *(((1.0, i),) for i in read)), raw, ()
 
-    def results(self, loss: Tensor, seen: Tensor, local: bool, terms: dict, metrics: dict) -> tuple[Tensor, dict, dict]:
+    def results(self, loss: Tensor, seen: Tensor, terms: dict, metrics: dict) -> tuple[Tensor, dict, dict]:
         """The loss with what the engine has not seen of the objectives, their terms and their metrics."""
         statistics = dict(zip(self.names, seen, strict=True))
         by_term: dict[str, Tensor] = {}
@@ -186,9 +185,9 @@ class Gathered:
                 by_term[_unused(name, by_term)] = value
                 continue
             factor, objective, tokens = self.objectives[i]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not local):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.local):
                 found = objective.evaluate(tokens.with_given(**statistics), self.denominator)
-            if not local:
+            if not self.local:
                 loss = loss + factor * found.loss
             for key, value in found.terms.items():
                 by_term[_unused(key, by_term)] = value
@@ -197,15 +196,28 @@ class Gathered:
         return loss, by_term, metrics
 
 
-def gathered(
+def prepared(
     summands: tuple,
     inputs: dict[str, Tensor | None],
     student: Logits,
-    targets: Tensor,
+    targets: Tensor | None,
     ignore_index: int,
     denominator: float | Tensor | None,
-) -> Gathered:
-    """Prepares the tokenwise objectives of a sum."""
+    reduction: str,
+    one_pass: bool,
+) -> Prepared:
+    """Of the tokenwise objectives in a sum, which alone take ``inputs`` (beside "weights").
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    objectives = {i: (float(factor), o) for i, (factor, o) in enumerate(summands) if isinstance(o, Tokenwise)}
+    if not objectives:
+        if unknown := sorted(inputs.keys() - {"weights"}):
+            raise TypeError(f"{unknown[0]}: no term of this objective takes it")
+        return Prepared({}, denominator, local=True)
+    if reduction == "none":
+        raise ValueError("reduction: 'none' has no meaning for a policy objective, which aggregates by itself")
     inputs = {name: x for name, x in inputs.items() if x is not None}
     mask, cu_seqlens = inputs.pop("mask", None), inputs.pop("cu_seqlens", None)
     live = targets != ignore_index
@@ -216,12 +228,12 @@ def gathered(
         student.shape, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32, device=student.device
     )
     found = {}
-    for i, (factor, objective) in enumerate(summands):
-        if isinstance(objective, Tokenwise):
-            tokens = objective.prepare(inputs, like=like, mask=live, cu_seqlens=cu_seqlens)
-            objective.check_denominator(denominator)
-            found[i] = (float(factor), objective, tokens)
-    return Gathered(found, denominator)
+    for i, (factor, objective) in objectives.items():
+        tokens = objective.prepare(inputs, like=like, mask=live, cu_seqlens=cu_seqlens)
+        objective.check_denominator(denominator)
+        found[i] = (factor, objective, tokens)
+    row_local = all(o.row_local and o.statistics <= STATISTICS.keys() for _, o in objectives.values())
+    return Prepared(found, denominator, local=row_local and one_pass)
 
 
 def _sum(weights: Tensor, loss: Tensor) -> Tensor:

@@ -30,7 +30,11 @@ class Tile:
     def of(self, buffer: Tensor) -> Tensor:
         """Room for the tile in a buffer."""
         rows, columns = self.size
-        return buffer[:rows, :columns]
+        return buffer if buffer.shape == (rows, columns) else buffer[:rows, :columns]
+
+    def at(self, matrix: Tensor) -> Tensor:
+        """The tile of a matrix."""
+        return matrix if matrix.shape == self.size else matrix[self.rows, self.columns]
 
 
 class Head:
@@ -42,15 +46,23 @@ class Head:
         self.tokens = first.shape[0]
         self.rows = self.tokens if index is None else index.numel()
         self.inner = None if spec.softcap is None else spec.scale / spec.softcap
+        scale = spec.softcap or spec.scale
         if spec.temperatures == ABSENT:
-            temperature = torch.full((self.rows,), spec.temperature, dtype=torch.float64, device=first.device)
+            self._temperature = None
+            self.outer = torch.full((self.rows,), scale / spec.temperature, dtype=dtype, device=first.device)
         else:
-            temperature = _select(tensors[spec.temperatures], index).double()
-            temperature = torch.where(temperature > 0, temperature, torch.nan)  # poisons the row, see check_values
-        self.temperature = temperature
-        self.outer = ((spec.softcap or spec.scale) / temperature).to(dtype)
+            given = _select(tensors[spec.temperatures], index).double()
+            self._temperature = torch.where(given > 0, given, torch.nan)  # poisons the row, see check_values
+            self.outer = (scale / self._temperature).to(dtype)
         self.bias: Tensor | None = None
         self.gain: Tensor | None = None
+
+    @property
+    def temperature(self) -> Tensor:
+        """[rows], float64."""
+        if self._temperature is not None:
+            return self._temperature
+        return torch.full((self.rows,), self.spec.temperature, dtype=torch.float64, device=self.device)
 
     def amplified(self, gradients):
         """Gradients, or a list of those, times the gain with which this head's are computed."""
@@ -66,7 +78,7 @@ class Head:
 
     def _chunk(self, z: Tensor, tile: Tile) -> Chunk:
         bias = None if self.bias is None else self.bias[tile.columns]
-        return Chunk(z, bias, self.inner, self.outer[tile.rows])
+        return Chunk(z, bias, self.inner, self.outer if tile.size[0] == self.rows else self.outer[tile.rows])
 
 
 class LinearHead(Head):
@@ -214,7 +226,7 @@ class DenseHead(Head):
 
     def chunk(self, tile: Tile, buffer: Tensor | None) -> Chunk:
         if not self.buffered:
-            return self._chunk(self.logits[tile.rows, tile.columns], tile)
+            return self._chunk(tile.at(self.logits), tile)
         z = tile.of(buffer)
         self.multiply(tile, z)
         return self._chunk(z, tile)
@@ -236,11 +248,12 @@ class DenseHead(Head):
             self.logits_grad = empty(tuple(self.logits.shape), self.logits.dtype, self.device)
             if self.index is not None:
                 self.logits_grad.zero_()
-            self.logits_grad[:, self.columns :] = 0
+            if self.columns < self.padded:
+                self.logits_grad[:, self.columns :] = 0
 
     def gradient_buffer(self, tile: Tile, buffer: Tensor | None) -> Tensor:
         if not self.buffered:
-            return self.logits_grad[tile.rows, tile.columns]
+            return tile.at(self.logits_grad)
         return tile.of(buffer)
 
     def accumulate(self, tile: Tile, gradient: Tensor) -> None:

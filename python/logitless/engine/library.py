@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from logitless.engine import loop
-from logitless.engine.loop import compute_dtype, statistic_names
-from logitless.engine.problem import Problem
+from logitless.engine.problem import Problem, compute_dtype
+from logitless.engine.state import statistic_names
 
 torch.library.define("logitless::loss", "(Tensor[] tensors, str problem) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])")
 torch.library.define("logitless::rows", "(Tensor[] tensors, str problem) -> (Tensor, Tensor, Tensor, Tensor[])")
@@ -41,14 +41,13 @@ torch.library.impl("logitless::rows_backward", _DEVICES, _rows_backward)
 
 def _wanted(problem: Problem) -> list[int]:
     """Places of the tensors that get a gradient, in the order of the operations' results."""
-    heads = [problem.student] if problem.teacher is None else [problem.student, problem.teacher]
-    return [place for head in heads for place, want in zip(head.inputs, head.wants_grad, strict=True) if want]
+    return [place for head in problem.heads for place, want in zip(head.inputs, head.wants_grad, strict=True) if want]
 
 
 @torch.library.register_fake("logitless::loss")
 def _fake_loss(tensors: list[Tensor], problem: str):
     described = Problem.decode(problem)
-    dtype, first = compute_dtype(described, tensors), tensors[described.student.inputs[0]]
+    dtype, first = compute_dtype(described.heads, tensors), tensors[described.student.inputs[0]]
     return (
         first.new_empty((), dtype=dtype),
         first.new_empty((len(described.terms),), dtype=dtype),
@@ -61,7 +60,7 @@ def _fake_loss(tensors: list[Tensor], problem: str):
 @torch.library.register_fake("logitless::rows")
 def _fake_rows(tensors: list[Tensor], problem: str):
     described = Problem.decode(problem)
-    dtype, first = compute_dtype(described, tensors), tensors[described.student.inputs[0]]
+    dtype, first = compute_dtype(described.heads, tensors), tensors[described.student.inputs[0]]
     tokens = first.shape[0]
     state = []
     if _wanted(described):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,6 +68,10 @@ class Problem:
     strategy: str = "auto"
     product: str = "auto"
     workspace: int | None = None  # bytes; None: "auto"
+
+    @property
+    def heads(self) -> list[HeadSpec]:
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
 
     def encode(self) -> str:
         terms = tuple([term.encode() for term in self.terms])
@@ -154,9 +158,9 @@ class Request:
         ``ids``: the place of the columns that exist for each row, if those are not all.
         """
         if isinstance(logits, DenseLogits):
-            inputs = [logits.logits.reshape(-1, logits.logits.shape[-1])]
+            inputs = [_matrix(logits.logits)]
         else:
-            inputs = [logits.hidden.reshape(-1, logits.hidden.shape[-1]), logits.weight, logits.bias]
+            inputs = [_matrix(logits.hidden), logits.weight, logits.bias]
         if not differentiable:
             inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
         grad = differentiable and torch.is_grad_enabled()
@@ -173,24 +177,51 @@ class Request:
         )
 
 
-def check_values(problem: Problem, tensors: list[Tensor], columns: int) -> None:
-    """Checks values inside tensors: on CPUs, and with ``LOGITLESS_CHECK=1`` (which synchronises) elsewhere.
+def _matrix(tensor: Tensor) -> Tensor:
+    """All leading dimensions as one."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
-    Where they are not checked, the rows concerned come out as NaN.
+
+def compute_dtype(heads: Sequence[HeadSpec], tensors: Sequence[Tensor]) -> torch.dtype:
+    """float64 if a head is, else float32."""
+    double = any(tensors[head.inputs[0]].dtype == torch.float64 for head in heads)
+    return torch.float64 if double else torch.float32
+
+
+def true_columns(head: HeadSpec, tensors: Sequence[Tensor]) -> int:
+    """The true vocabulary size."""
+    if head.ids != ABSENT:
+        return tensors[head.ids].shape[1]
+    if head.vocab_size is not None:
+        return head.vocab_size
+    return tensors[head.inputs[1]].shape[0] if head.linear else tensors[head.inputs[0]].shape[1]
+
+
+def check_values(problem: Problem, tensors: list[Tensor], columns: int) -> None:
+    """Checks values inside tensors where that is done. Elsewhere the rows concerned come out as NaN.
 
     Raises:
         ValueError: targets outside [0, V) that are not ``ignore_index``; a temperature that is not positive.
     """
-    if tensors[problem.student.inputs[0]].device.type != "cpu" and os.environ.get("LOGITLESS_CHECK") != "1":
-        return
     if problem.targets != ABSENT:
-        targets = tensors[problem.targets]
-        wrong = ((targets < 0) | (targets >= columns)) & (targets != problem.ignore_index)
-        if wrong.any():
-            raise ValueError(
-                f"targets: must lie in [0, {columns}) or be ignore_index={problem.ignore_index}, "
-                f"got {targets[wrong][0].item()}"
-            )
-    for head in (problem.student, problem.teacher):
-        if head is not None and head.temperatures != ABSENT and not (tensors[head.temperatures] > 0).all():
-            raise ValueError("temperature: must be positive for every token")
+        check_target_values(tensors[problem.targets], columns, problem.ignore_index)
+    for head in problem.heads:
+        if head.temperatures != ABSENT:
+            temperature = tensors[head.temperatures]
+            if _checks(temperature.device) and not (temperature > 0).all():
+                raise ValueError("temperature: must be positive for every token")
+
+
+def check_target_values(targets: Tensor, columns: int, ignore_index: int) -> None:
+    if not _checks(targets.device):
+        return
+    wrong = ((targets < 0) | (targets >= columns)) & (targets != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"targets: must lie in [0, {columns}) or be ignore_index={ignore_index}, got {targets[wrong][0].item()}"
+        )
+
+
+def _checks(device: torch.device) -> bool:
+    """Whether values are checked: on CPUs, and with ``LOGITLESS_CHECK=1`` (which synchronises) elsewhere."""
+    return device.type == "cpu" or os.environ.get("LOGITLESS_CHECK") == "1"

@@ -27,7 +27,7 @@ from logitless.engine.autograd import autograd
 from logitless.engine.heads import DenseHead, LinearHead, Tile, make_head
 from logitless.engine.memory import padded
 from logitless.engine.plan import Plan, Shape, Side
-from logitless.engine.problem import HeadSpec, Problem, Request, check_values
+from logitless.engine.problem import ABSENT, HeadSpec, Problem, Request, check_values, compute_dtype
 from logitless.logits import Logits
 
 
@@ -36,7 +36,7 @@ def chunks(sides: Sequence[Logits], workspace: int | None = None) -> Iterator[tu
 
     Args:
         sides: descriptions of the same N tokens over the same vocabulary, on one device (the caller checks:
-            :func:`logitless.logits.check_pair`). Their leading dimensions count as one.
+            :func:`logitless.logits.check_alike`). Their leading dimensions count as one.
         workspace: bytes for the chunks of all sides, kept; None: what the planner thinks best.
 
     Yields:
@@ -169,7 +169,7 @@ def normalizers(s: Tensor) -> tuple[Tensor, Tensor]:
     chunk = Chunk(s, None, None, s.new_ones(s.shape[0]))
     backend = backends.select(s.device, s.dtype)
     found = backend.statistics(chunk, None, targets=None, weights=None, wanted=frozenset())
-    found = statistics.finish(statistics.join(found) if found["max"].dim() == 2 else found)
+    found = statistics.finish(statistics.joined(found))
     return found["max"], found["log_sum"]
 
 
@@ -210,14 +210,9 @@ def heads(
     indices = index if isinstance(index, (list, tuple)) else [index] * len(specs)
     found = [make_head(spec, tensors, at, dtype, direct=False) for spec, at in zip(specs, indices, strict=True)]
     for spec, head in zip(specs, found, strict=True):
-        check_values(Problem(spec, None, (), ()), tensors, head.columns)
+        if spec.temperatures != ABSENT:
+            check_values(Problem(spec, None, (), ()), tensors, head.columns)
     return found
-
-
-def compute_dtype(specs: Sequence[HeadSpec], tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 if a head is, else float32."""
-    double = any(tensors[spec.inputs[0]].dtype == torch.float64 for spec in specs)
-    return torch.float64 if double else torch.float32
 
 
 def _plan(heads: list[LinearHead | DenseHead], workspace: int | None, wants: tuple[bool, bool]) -> Plan:

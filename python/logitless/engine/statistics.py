@@ -84,6 +84,11 @@ def join(a: Statistics) -> Statistics:
     return out
 
 
+def joined(a: Statistics) -> Statistics:
+    """Accumulators of a backend, [rows] or [parts, rows], as [rows]."""
+    return join(a) if a["max"].dim() == 2 else a
+
+
 def finish(a: Statistics) -> Statistics:
     """Statistics of whole rows from their accumulators.
 

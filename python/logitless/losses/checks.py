@@ -11,11 +11,11 @@ def check_range(name: str, value: object, low: float = 0.0, high: float = 1.0) -
         raise ValueError(f"{name}: must lie in [{low:g}, {high:g}], got {value}")
 
 
-def check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: must be at least 1, got {value}")
+    if value < 1 or (most is not None and value > most):
+        raise ValueError(f"{name}: must be at least 1{'' if most is None else f' and at most {most}'}, got {value}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

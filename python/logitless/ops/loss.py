@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from logitless.engine import library
-from logitless.engine.problem import ABSENT, PRODUCTS, STRATEGIES, Problem, Request
+from logitless.engine.problem import PRODUCTS, STRATEGIES, Problem, Request
 from logitless.logits import (
-    DenseLogits,
-    LinearLogits,
     Logits,
     TopKLogits,
     check_constant,
@@ -21,8 +19,7 @@ from logitless.logits import (
     check_per_token,
     check_targets,
 )
-from logitless.ops.kept import IGNORED, Recorded
-from logitless.support import Keep, KeepIds, check_keep, encode
+from logitless.support import Keep, check_keep, encode
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -58,99 +55,62 @@ def evaluate(
     inputs: dict[str, Tensor | None],
 ) -> LossResult:
     """See ``Objective.__call__``."""
-    from logitless import sparse  # whose terms are terms, which import this
-    from logitless.tokenwise import Tokenwise, gathered
+    from logitless.ops.lowering import lowered  # both are about terms, which import this
+    from logitless.tokenwise import prepared
 
-    check_logits("student", student)
-    terms = [term for _, term in objective.terms]
-    if not terms:
-        raise ValueError("objective: has no terms")
-    if targets is not None:
-        check_targets(targets, student)
-    elif needy := [term.name for term in terms if term.needs_targets]:
-        raise ValueError(f"targets: needed by {', '.join(needy)}")
-    if teacher is not None:
-        if not isinstance(teacher, TopKLogits):
-            check_logits("teacher", teacher)
-        check_pair(student, teacher)
-    elif needy := [term.name for term in terms if term.needs_teacher]:
-        raise ValueError(f"teacher: needed by {', '.join(needy)}")
-    if weights is not None:
-        check_per_token("weights", weights, student)
+    summands = [term for _, term in objective.terms]
+    check_inputs(summands, student, targets, teacher, weights)
     check_reduction(reduction, denominator)
     workspace_bytes = check_execution(ignore_index, compact, strategy, product, workspace)
-    if not any(term.needs_teacher for term in terms):
-        teacher = None
     check_keep(keep)
-    tokenwise = None
-    if any(isinstance(term, Tokenwise) for term in terms):
-        if reduction == "none":
-            raise ValueError("reduction: 'none' has no meaning for a policy objective, which aggregates by itself")
-        tokenwise = gathered(
-            objective.terms, inputs | {"weights": weights}, student, targets, ignore_index, denominator
-        )
-    elif inputs:
-        raise TypeError(f"{sorted(inputs)[0]}: no term of this objective takes it")
+    if not any(term.needs_teacher for term in summands):
+        teacher = None
+    if isinstance(teacher, TopKLogits) and teacher_grad:
+        raise ValueError("teacher_grad: log-probabilities of TopKLogits get no gradient")
+    one_pass = strategy in ("auto", "eager", "forward")
+    given = inputs | {"weights": weights}
+    policies = prepared(objective.terms, given, student, targets, ignore_index, denominator, reduction, one_pass)
 
     request = Request()
-    local = tokenwise is None or (tokenwise.row_local and strategy in ("auto", "eager", "forward"))
-    if tokenwise is not None:
-        terms = tokenwise.placed(terms, request.place, local)
-    terms = [term.placed(student, request.place) for term in terms]
-    check_support(keep, terms, teacher)
-    names, metrics, ids = objective.names, [], ABSENT
-    if isinstance(teacher, TopKLogits):
-        if teacher_grad:
-            raise ValueError("teacher_grad: log-probabilities of TopKLogits get no gradient")
-        indices, logprobs = sparse.merged(teacher, student.columns)
-        places = (request.place(indices), request.place(logprobs))
-        if gathers(terms, student, teacher):
-            ids = places[0]
-            teacher = DenseLogits(logprobs if student.dtype == torch.float64 else logprobs.float())
-            targets = None if targets is None else torch.where(targets == ignore_index, targets, 0)
-        else:
-            terms = [sparse.lowered(term, teacher, places) for term in terms]
-            metrics = sparse.masses(teacher, places)
-            teacher = None
-    per_row = not local or reduction == "none" or strategy in ("recompute", "frozen", "stash")
-    channels = (tuple([(float(scale), i) for i, (scale, _) in enumerate(objective.terms)]),)
-    raw = observed = ()
-    if tokenwise is not None:
-        channels, raw, observed = tokenwise.channels(channels[0], len(terms) + len(metrics), local)
-        metrics = [*metrics, *tokenwise.read]
-    class_weights = request.place(class_weights_of(terms, student))
-    if isinstance(keep, KeepIds):
-        recorded = Recorded(student, keep, targets, ignore_index)
-        student, targets, ignore_index = recorded.student, recorded.targets, IGNORED
-        head = recorded.head(request)
-    else:
-        head = request.head(student, ids=ids)
+    low = lowered(
+        summands,
+        request,
+        student,
+        policies=policies,
+        targets=targets,
+        teacher=teacher,
+        keep=keep,
+        ignore_index=ignore_index,
+    )
+    weighted_sum = tuple([(float(scale), i) for i, (scale, _) in enumerate(objective.terms)])
+    channels, raw, observed = policies.channels(weighted_sum, len(low.terms) + len(low.metrics))
+    metrics = [*low.metrics, *policies.read]
     problem = Problem(
-        student=head,
-        teacher=None if teacher is None else request.head(teacher, differentiable=teacher_grad),
-        terms=(*terms, *metrics),
+        student=low.student,
+        teacher=None if low.teacher is None else request.head(low.teacher, differentiable=teacher_grad),
+        terms=(*low.terms, *metrics),
         channels=channels,
         raw=raw,
         observed=observed,
-        targets=request.place(None if targets is None else targets.reshape(-1)),
+        targets=request.place(None if low.targets is None else low.targets.reshape(-1)),
         weights=request.place(None if weights is None else weights.reshape(-1)),
-        class_weights=class_weights,
+        class_weights=request.place(low.class_weights),
         denominators=request.place(denominator if reduction == "mean" and isinstance(denominator, Tensor) else None),
         denominator=None if denominator is None or isinstance(denominator, Tensor) else float(denominator),
         mean=reduction == "mean",
         keep=encode(keep, student.columns),
         restricted=keep is not None,
-        ignore_index=ignore_index,
+        ignore_index=low.ignore_index,
         compact=compact,
         strategy=strategy,
         product=product,
         workspace=workspace_bytes,
     )
-    if not per_row:
+    if policies.local and reduction != "none" and one_pass:
         loss, values, tokens, seen = library.loss(problem, request.tensors)
     else:
         found, values, _ = library.rows(resolved(problem, one_scalar=len(channels) == 1), request.tensors)
-        others = len(found) - (0 if tokenwise is None else len(tokenwise.read))  # one, or none beside policies
+        others = len(found) - len(policies.read)  # one, or none beside policies
         loss, seen = found[:others].sum(0), found[others:]
         if targets is None:
             tokens = torch.tensor(student.shape.numel(), device=student.device)
@@ -160,18 +120,10 @@ def evaluate(
             loss, values = loss.view(student.shape), values.view(len(values), *student.shape)
         else:
             loss, values = loss.sum(), values.sum(1)
-    found = dict(zip([*names, *(f"metric {metric.name}" for metric in metrics)], values.unbind(0), strict=True))
-    by_term = {name: found[name] for name in names}
-    by_metric = {"tokens": tokens} | {metric.name: found[f"metric {metric.name}"] for metric in metrics}
-    if tokenwise is not None:
-        loss, by_term, by_metric = tokenwise.results(loss, seen, local, by_term, by_metric)
-    return LossResult(loss, by_term, by_metric)
-
-
-def gathers(terms: list, student: Logits, teacher: TopKLogits) -> bool:
-    """Whether the K columns of every token are all that the terms read of the student."""
-    alone = teacher.tail == "renormalize" and all(term.needs_teacher and not term.calls_function for term in terms)
-    return alone and isinstance(student, LinearLogits)
+    by_term = dict(zip(objective.names, values[: len(low.terms)], strict=True))
+    by_metric = {"tokens": tokens}
+    by_metric |= {metric.name: value for metric, value in zip(metrics, values[len(low.terms) :], strict=True)}
+    return LossResult(*policies.results(loss, seen, by_term, by_metric))
 
 
 def resolved(problem: Problem, one_scalar: bool) -> Problem:
@@ -189,32 +141,23 @@ def resolved(problem: Problem, one_scalar: bool) -> Problem:
     return replace(problem, strategy="frozen" if frozen and problem.strategy == "auto" else "recompute")
 
 
-def class_weights_of(terms: list, student: Logits) -> Tensor | None:
-    """The class weights of an objective, checked against the vocabulary; all terms must share one tensor."""
-    found = [term.class_weights for term in terms if term.weighted_classes]
-    if not found:
-        return None
-    if any(weights is not found[0] for weights in found):
-        raise ValueError("class_weights: the terms of one objective must share one tensor")
-    if any("weighted" in term.wanted and not term.weighted_classes for term in terms):
-        raise ValueError("class_weights: the smoothed terms of one objective must share one tensor")
-    if list(found[0].shape) != [student.columns]:
-        raise ValueError(f"class_weights: needs the shape [{student.columns}], got {list(found[0].shape)}")
-    if found[0].device != student.device:
-        raise ValueError(f"class_weights: on {found[0].device}, the logits are on {student.device}")
-    return found[0]
-
-
-def check_support(keep: Keep | None, terms: list, teacher: Logits | TopKLogits | None) -> None:
-    """ValueError for what is about tokens that are not kept."""
-    if keep is None:
-        return
-    if any("weighted" in term.wanted for term in terms):
-        raise ValueError("keep: label smoothing is over the whole vocabulary")
-    if isinstance(teacher, TopKLogits):
-        raise ValueError("keep: not beside a teacher that is TopKLogits")
-    if isinstance(keep, KeepIds) and (teacher is not None or any(term.weighted_classes for term in terms)):
-        raise ValueError("keep: KeepIds reads no other columns, so it serves neither a teacher nor class weights")
+def check_inputs(
+    terms: list, student: object, targets: object, teacher: Logits | TopKLogits | None, weights: object
+) -> None:
+    """What an objective is called with, against each other and against what its terms need."""
+    check_logits("student", student)
+    if not terms:
+        raise ValueError("objective: has no terms")
+    if targets is not None:
+        check_targets(targets, student)
+    elif needy := [term.name for term in terms if term.needs_targets]:
+        raise ValueError(f"targets: needed by {', '.join(needy)}")
+    if teacher is not None:
+        check_pair(student, teacher)
+    elif needy := [term.name for term in terms if term.needs_teacher]:
+        raise ValueError(f"teacher: needed by {', '.join(needy)}")
+    if weights is not None:
+        check_per_token("weights", weights, student)
 
 
 def check_reduction(reduction: object, denominator: object) -> None:
