@@ -144,6 +144,7 @@ class NinjaBuild(build_ext):
         try:
             self._ninja(ext, target, None)
         except FAILURES as error:
+            target.unlink(missing_ok=True)  # of an earlier build, which --inplace would copy
             print(
                 f"WARNING: logitless: the C++ kernels were not built ({error}); "
                 "the package works without them, on its slower torch backend",

@@ -6,11 +6,10 @@
 #include <tuple>
 #include <utility>
 
+#include "copies.h"
 #include "cpu/parallel.h"
 #include "cpu/token_results.h"
 #include "token_recipe.h"
-#include "sinkhorn.h"
-#include "transport.h"
 
 #if defined(LL_CUDA)
 #include "cuda/bindings.h"
@@ -20,41 +19,8 @@ using namespace logitless;
 
 namespace {
 
-// The copies this processor can run, the best first.
-const std::vector<const Kernels*>& copies() {
-    static const auto found = [] {
-        std::vector<const Kernels*> found;
-#if defined(__x86_64__)
-        __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-            found.push_back(&avx512);
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2);
-#endif
-        found.push_back(&baseline);
-        return found;
-    }();
-    return found;
-}
-
-const Kernels* kernels = copies().front();
-
-std::vector<std::string> isas() {
-    std::vector<std::string> names;
-    for (const Kernels* copy : copies()) names.push_back(copy->name);
-    return names;
-}
-
-void force_isa(const std::string& name) {
-    for (const Kernels* copy : copies())
-        if (name == copy->name) {
-            kernels = copy;
-            sinkhorn::use(copy->name);
-            transport::use(copy->name);
-            return;
-        }
-    throw std::invalid_argument("no copy '" + name + "' that this processor can run");
-}
+constexpr InUse<RowKernels> row_kernels;
+constexpr InUse<TokenKernels> token_kernels;
 
 Chunk chunk(Address z, std::int64_t stride, Address bias, Address outer, std::optional<float> inner, Address floor) {
     return {pointer<const float>(z), stride, pointer<const float>(bias), pointer<const float>(outer),
@@ -83,7 +49,7 @@ void statistics(std::int64_t rows, std::int64_t columns, const Chunk& student, s
         out("max"), out("sum"), out("target"), out("first"), out("square"), out("weighted"),
         out("teacher_max"), out("teacher_sum"), out("forward"), out("reverse"),
         pointer<std::int64_t>(accumulators, "argmax")};
-    run(kernels->statistics, call, rows, threads);
+    run(row_kernels->statistics, call, rows, threads);
 }
 
 void generic(std::int64_t rows, std::int64_t columns, const Chunk& student, const Chunk& teacher,
@@ -92,7 +58,7 @@ void generic(std::int64_t rows, std::int64_t columns, const Chunk& student, cons
     const Generic call = {
         {columns, student, teacher}, normalizers_of(normalizers),
         divergence(name, parameters, 0), pointer<double>(value), pointer<double>(slope)};
-    run(kernels->generic, call, rows, threads);
+    run(row_kernels->generic, call, rows, threads);
 }
 
 using Term = std::tuple<std::string, std::vector<Address>, Address>;  // divergence, parameters, coefficient
@@ -112,7 +78,13 @@ void gradient(std::int64_t rows, std::int64_t columns, const Chunk& student, std
         terms.data(), static_cast<int>(terms.size()),
         pointer<const float>(row_gradients.first), row_gradients.second, pointer<const bool>(live),
         pointer<float>(out.first), out.second};
-    run(kernels->gradient, call, rows, threads);
+    run(row_kernels->gradient, call, rows, threads);
+}
+
+void floors(std::int64_t rows, std::int64_t columns, const Chunk& student, const std::string& filter, double number,
+            Address out, int threads) {
+    const Filter kind = filter == "MinP" ? Filter::min_p : filter == "TopP" ? Filter::top_p : Filter::top_k;
+    run(row_kernels->floors, Floors{{columns, student, {}}, kind, number, pointer<float>(out)}, rows, threads);
 }
 
 using Input = std::pair<Address, bool>;  // and whether it is per sequence
@@ -138,7 +110,7 @@ std::vector<double> tokens(const TokenRecipe& recipe, std::int64_t tokens, std::
     {
         const py::gil_scoped_release unlocked;
         parallel(token_units(call), token_unit, threads, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t unit = begin; unit < end; ++unit) kernels->tokens(call, unit, &sums[unit]);
+            for (std::int64_t unit = begin; unit < end; ++unit) token_kernels->tokens(call, unit, &sums[unit]);
         });
     }
     return token_results(recipe, sums, denominator);
@@ -163,12 +135,12 @@ PYBIND11_MODULE(_C, module) {
                py::kw_only(), py::arg("normalizers"), py::arg("coefficients"), py::arg("divergences"),
                py::arg("targets"), py::arg("weights"), py::arg("rows_gradient"), py::arg("live"), py::arg("out"),
                py::arg("threads"));
+    module.def("floors", &floors, py::arg("rows"), py::arg("columns"), py::arg("student"), py::kw_only(),
+               py::arg("filter"), py::arg("number"), py::arg("out"), py::arg("threads"));
     module.def("isas", &isas, "The compiled copies this processor can run, the best first.");
-    module.def("isa", [] { return kernels->name; }, "The copy in use.");
+    module.def("isa", [] { return isa_names[static_cast<int>(isa)]; }, "The copy in use.");
     module.def("force_isa", &force_isa, py::arg("name"), "Use the copy of that name, in the whole process.");
-    sinkhorn::use(kernels->name);
     sinkhorn::bind(module.def_submodule("sinkhorn"));
-    transport::use(kernels->name);
     transport::bind(module.def_submodule("transport"));
 #if defined(LL_CUDA)
     py::module_ cuda = module.def_submodule("cuda");

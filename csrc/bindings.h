@@ -14,6 +14,14 @@
 #include "cpu/rows.h"
 
 namespace logitless {
+
+namespace sinkhorn {
+void bind(pybind11::module_ module);  // sinkhorn.cpp: optimal transport on a CPU
+}
+namespace transport {
+void bind(pybind11::module_ module);  // transport.cpp: the L1 cost and doubly stochastic matrices on a CPU
+}
+
 namespace {
 
 namespace py = pybind11;
@@ -28,6 +36,14 @@ T* pointer(Address address) {
 template <class T>
 T* pointer(const Addresses& addresses, const char* name) {
     return addresses.contains(name) ? pointer<T>(addresses[name].cast<Address>()) : nullptr;
+}
+
+// One of an enum's names, as the enum.
+template <class Enum, std::size_t size>
+Enum number(const char* const (&names)[size], const std::string& name) {
+    for (std::size_t i = 0; i < size; ++i)
+        if (name == names[i]) return static_cast<Enum>(i);
+    throw std::invalid_argument("'" + name + "' is not known to csrc/math");
 }
 
 inline int functor(const std::string& divergence) {

@@ -2,29 +2,22 @@
 
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <stdexcept>
 #include <string>
 
+#include "bindings.h"
 #include "math/policy.h"
 
 namespace logitless {
 namespace {
 
-namespace py = pybind11;
-
-template <class Code, std::size_t size>
-Code code(const char* const (&names)[size], const py::handle& name) {
-    const std::string wanted = py::str(name);
-    for (std::size_t i = 0; i < size; ++i)
-        if (wanted == names[i]) return static_cast<Code>(i);
-    throw std::invalid_argument("'" + wanted + "' is not known to csrc/math/policy.h");
-}
-
 template <class T>
 T get(const py::handle& of, const char* name) {
     return of.attr(name).cast<T>();
+}
+template <class Enum, std::size_t size>
+Enum get(const py::handle& of, const char* name, const char* const (&names)[size]) {
+    return number<Enum>(names, get<std::string>(of, name));
 }
 
 // Calls fill(element, item) for every item of a tuple; how many there were.
@@ -49,11 +42,11 @@ inline TokenRecipe token_recipe(const py::handle& of) {
     recipe.weights = get<int>(of, "weights");
     recipe.entropy = get<int>(of, "entropy");
     recipe.sequence_mean = get<bool>(of, "sequence_mean");
-    recipe.denominator = code<Denominator>(denominator_names, of.attr("denominator"));
+    recipe.denominator = get<Denominator>(of, "denominator", denominator_names);
     recipe.scale = get<double>(of, "scale");
 
     const py::object ratio = of.attr("ratio");
-    recipe.level = code<Level>(level_names, ratio.attr("level"));
+    recipe.level = get<Level>(ratio, "level", level_names);
     recipe.teacher = get<int>(ratio, "teacher");
     recipe.share = get<float>(ratio, "share");
     recipe.rest = static_cast<float>(1 - get<double>(ratio, "share"));
@@ -79,13 +72,13 @@ inline TokenRecipe token_recipe(const py::handle& of) {
         to = {get<float>(reward, "coef"), get<int>(reward, "plus"), get<int>(reward, "minus")};
     });
     recipe.penalty_count = fill(recipe.penalties, of.attr("penalties"), [](TokenPenalty& to, const py::handle& p) {
-        to = {code<Estimate>(estimate_names, p.attr("name")), get<float>(p, "coef"), get<int>(p, "other"),
+        to = {get<Estimate>(p, "name", estimate_names), get<float>(p, "coef"), get<int>(p, "other"),
               get<int>(p, "weights"), get<int>(p, "keep"), get<float>(p, "largest"), get<float>(p, "largest_value"),
               get<float>(p, "alpha")};
     });
     recipe.factor_count = fill(recipe.factors, of.attr("factors"), [](TokenFactor& to, const py::handle& f) {
-        to = {code<FactorKind>(factor_names, f.attr("name")), get<int>(f, "first"), get<int>(f, "rollout"),
-              code<Over>(over_names, f.attr("over")), get<bool>(f, "masked"), get<float>(f, "low"),
+        to = {get<FactorKind>(f, "name", factor_names), get<int>(f, "first"), get<int>(f, "rollout"),
+              get<Over>(f, "over", over_names), get<bool>(f, "masked"), get<float>(f, "low"),
               get<float>(f, "high"), get<float>(f, "bound")};
         if (to.kind == FactorKind::opsm) to.over = Over::mean;
     });

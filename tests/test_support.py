@@ -6,7 +6,9 @@ That every statistic, loss and gradient is the renormalised one is in test_logpr
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,12 +16,14 @@ from torch import Tensor
 
 import logitless as ll
 import reference
-from logitless.backends import Chunk
+from logitless.backends import Chunk, cpu
 from logitless.backends import torch as plain
 from logitless.engine import floors
 from logitless.support import decode, encode
 
 INFINITY = float("inf")
+ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"  # conftest.py
+COPIES = [] if cpu.PROBLEM or ON_GPU else cpu._C.isas()
 FILTERS = {
     "min_p": (ll.MinP(0.05), ("min_p", 0.05)),
     "min_p 1": (ll.MinP(1.0), ("min_p", 1.0)),
@@ -48,35 +52,65 @@ def rows(kind: str, columns: int, dtype: torch.dtype) -> Tensor:
     return s.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.fixture(params=["torch", *COPIES])
+def serving(request: pytest.FixtureRequest) -> ModuleType:
+    """What finds floors: torch operations, or a copy of the C++ kernel."""
+    if request.param == "torch":
+        return plain
+    best = cpu._C.isa()
+    request.addfinalizer(lambda: cpu._C.force_isa(best))
+    cpu._C.force_isa(request.param)
+    return cpu
+
+
 @pytest.mark.parametrize("columns", [1, 2, 7, 300])
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "masked", "far apart", "offset"])
 @pytest.mark.parametrize("name", list(FILTERS))
-def test_floors_keep_what_sorting_keeps(name, kind, columns, dtype):
+def test_floors_keep_what_sorting_keeps(serving, name, kind, columns):
     mine, definition = FILTERS[name]
-    s = rows(kind, columns, dtype)
-    if definition[0] == "top_p":  # rows whose nucleus is not a matter of rounding
-        mass = s.double().softmax(-1).sort(-1, descending=True).values.cumsum(-1)
-        s = s[((mass - definition[1]).abs() > 1e-6).all(-1)]
-    expected = reference.kept(s.double(), definition) & (s > -INFINITY)
-    filters = decode(encode(mine, columns))
-    chunk = Chunk(s, None, None, torch.ones(len(s), dtype=dtype))
-    floor = floors.find(filters, chunk)
-    assert torch.equal((s >= floor[:, None]) & (s > -INFINITY), expected)
-    if filters:
-        assert torch.equal((s >= filters[0].floors(s)[:, None]) & (s > -INFINITY), expected)
+    for dtype in (torch.float32, torch.float64):
+        if not serving.supports(torch.get_default_device(), dtype):
+            continue
+        s = rows(kind, columns, dtype)
+        if definition[0] == "top_p":  # rows whose nucleus is not a matter of rounding
+            mass = s.double().softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+            s = s[((mass - definition[1]).abs() > 1e-6).all(-1)]
+        expected = reference.kept(s.double(), definition) & (s > -INFINITY)
+        filters = decode(encode(mine, columns))
+        if not filters:
+            assert bool((expected == (s > -INFINITY)).all())
+            continue
+        floor = floors.find(filters, Chunk(s, None, None, torch.ones(len(s), dtype=dtype)), serving)
+        assert torch.equal((s >= floor[:, None]) & (s > -INFINITY), expected)
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "masked", "far apart", "lowest"])
+def test_floors_of_long_rows(serving, kind):
+    """The k largest exactly; a nucleus has its mass, and without what ties for its last place less than that."""
+    s = rows("masked" if kind == "lowest" else kind, 3000, torch.float32)
+    if kind == "lowest":  # not -inf, but as far off as can be
+        s = s.clamp(min=torch.finfo(torch.float32).min)
+    chunk = Chunk(s, None, None, torch.ones(len(s)))
+    for k in (1, 700, 2999):
+        kept = (s >= floors.find([ll.TopK(k)], chunk, serving)[:, None]) & (s > -INFINITY)
+        assert torch.equal(kept, reference.kept(s.double(), ("top_k", k)) & (s > -INFINITY))
+    q = s.double().softmax(-1)
+    for p in (0.1, 0.9, 0.999):
+        kept = s >= floors.find([ll.TopP(p)], chunk, serving)[:, None]
+        last = torch.where(kept, s, INFINITY).amin(-1, keepdim=True)
+        assert bool(((q * kept).sum(-1) > p - 1e-6).all() and ((q * (s > last)).sum(-1) < p + 1e-6).all())
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["", "softcap"])
-def test_floors_lie_between_columns(softcap):
+def test_floors_lie_between_columns(serving, softcap):
     """Products that come out a little different are kept alike: but for less than half of the gap at the floor."""
-    z, bias = torch.randn(200, 50), torch.randn(50)
+    z, bias = torch.randn(200, 60)[:, 5:55], torch.randn(50)
     outer = torch.rand(200) + 0.5
     chunk = Chunk(z, bias, None if softcap is None else 1 / softcap, outer * (softcap or 1.0))
     x, s = z + bias, plain.scaled(chunk)
-    for given in (["top_k"], ["top_p", "min_p"]):
+    for given in (["top_k"], ["top_p", "min_p"], ["top_k", "top_p", "min_p"]):
         filters, definition = zip(*(FILTERS[name] for name in given))
-        floor = floors.find(filters, chunk)
+        floor = floors.find(filters, chunk, serving)
         kept = reference.kept(s.double(), *definition)
         assert torch.equal(x >= floor[:, None], kept)
         gap = torch.where(kept, x, INFINITY).amin(-1) - torch.where(kept, -INFINITY, x).amax(-1)

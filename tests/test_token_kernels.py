@@ -215,8 +215,9 @@ def by_kernel(module: ModuleType, recipe: Recipe, inputs: list[Tensor], tokens: 
     inputs = tuple(x.detach().float().contiguous() for x in inputs)
     offsets = None if tokens.segments is None else tokens.segments.offsets
     given = None if given is None else given.float()
-    results, state = module.forward(recipe, inputs, tokens.given_mask, offsets, given, True)
-    alone, nothing = module.forward(recipe, inputs, tokens.given_mask, offsets, given, False)
+    call = kernels.Call(recipe, inputs, tokens.given_mask, offsets, given)
+    results, state = module.forward(call, True)
+    alone, nothing = module.forward(call, False)
     assert nothing is None and torch.equal(alone, results)
     first, second = [module.backward(recipe, state, torch.tensor(2.0)) for _ in range(2)]
     for a, b in zip(first, second, strict=True):

@@ -39,8 +39,9 @@ struct Buffer {
 // One matrix. P_ij = exp(x_ij + f_i + g_j); a step over rows lowers f_i by max(log sum_j P_ij, log eps).
 class LogDomain {
 public:
-    LogDomain(int n, int iterations, double eps)
-        : n(n), iterations(iterations), log_eps(eps > 0 ? __builtin_log(eps) : -__builtin_inf()),
+    LogDomain(int n, int iterations, Dialect dialect)
+        : n(n), iterations(iterations),
+          log_eps(dialect == Dialect::megatron ? __builtin_log(dialect_eps) : -__builtin_inf()),
           history(2 * n * (iterations + 1)) {}
 
     void forward(const float* logits, float* out, float* residual) {
@@ -155,7 +156,7 @@ LL_FUNCTION Mask sound(Vector least_entry, const Extremes<Vector>& extremes, Vec
 }
 
 // `width` matrices, one per lane.
-template <class Dialect, int fixed>
+template <Dialect dialect, int fixed>
 struct InLanes {
     using Layout = Lanes<Vector, fixed, in_lanes>;
     static constexpr int most = Layout::most * Layout::most;
@@ -193,11 +194,11 @@ struct InLanes {
                 k[i * n + j] = exp(row[j]);
                 sum = sum + k[i * n + j];
             }
-            if (Dialect::softmax) {
+            if (dialect == Dialect::deepseek) {
                 const Vector factor = reciprocal(sum);
                 for (int j = 0; j < n; ++j) {
                     x[i * n + j] = k[i * n + j] * factor;  // the softmax
-                    k[i * n + j] = x[i * n + j] + Vector(Dialect::eps);
+                    k[i * n + j] = x[i * n + j] + Vector(dialect_eps);
                 }
             }
         }
@@ -206,7 +207,7 @@ struct InLanes {
     LL_FUNCTION Mask forward(int iterations, Vector* p, Vector& residual) const {
         const Layout matrix = {k, n};
         Vector scalings[2 * Layout::most];
-        const Extremes<Vector> extremes = normalize<Dialect, false>(matrix, iterations, scalings);
+        const Extremes<Vector> extremes = normalize<dialect, false>(matrix, iterations, scalings);
         Vector rows[Layout::most], columns[Layout::most], total(0.0f);
         for (int i = 0; i < n; ++i) rows[i] = columns[i] = Vector(0.0f);
         for (int i = 0; i < n; ++i)
@@ -228,7 +229,7 @@ struct InLanes {
     // dL/dP, in place, to dL/dlogits
     LL_FUNCTION Mask backward(int iterations, Vector* history, Vector* z) const {
         const Layout matrix = {k, n};
-        const Extremes<Vector> extremes = normalize<Dialect, true>(matrix, iterations, history);
+        const Extremes<Vector> extremes = normalize<dialect, true>(matrix, iterations, history);
         const Vector *u = history + 2 * n * iterations, *v = u + n;
         Vector sums[Layout::most], total(0.0f);
         for (int j = 0; j < n; ++j) sums[j] = Vector(0.0f);
@@ -239,54 +240,49 @@ struct InLanes {
                 z[i * n + j] = z[i * n + j] * entry;
                 sums[j] = sums[j] + z[i * n + j];
             }
-        differentiate<Dialect>(matrix, iterations, history, z, sums);
-        if (Dialect::softmax)
-            for (int i = 0; i < n; ++i) {
-                Vector mean(0.0f);
-                for (int e = i * n; e < (i + 1) * n; ++e) {
-                    z[e] = z[e] * x[e] * reciprocal(k[e]);
-                    mean = mean + z[e];
-                }
-                for (int e = i * n; e < (i + 1) * n; ++e) z[e] = fma(-x[e], mean, z[e]);
-            }
+        differentiate<dialect>(matrix, iterations, history, z, sums);
+        if (dialect == Dialect::deepseek)
+            for (int i = 0; i < n; ++i)
+                through_softmax(n, [&](int j) { return x[i * n + j]; }, k + i * n, z + i * n,
+                                [](Vector sum) { return sum; });
         return sound(least, extremes, total);
     }
 };
 
-template <class Dialect, int fixed>
+template <Dialect dialect, int fixed>
 void forward_lanes(const DoublyStochastic& call, std::int64_t begin, std::int64_t end) {
     const std::int64_t size = call.n * call.n;
     for (std::int64_t first = begin; first < end; first += width) {
         const int count = static_cast<int>(end - first < width ? end - first : width);
-        const InLanes<Dialect, fixed> matrices(call.logits + first * size, count, call.n);
+        const InLanes<dialect, fixed> matrices(call.logits + first * size, count, call.n);
         Vector p[matrices.most], residual;
         const Mask sound = matrices.forward(call.iterations, p, residual);
         matrices.store(p, count, call.out + first * size);
         for (int m = 0; m < count; ++m) {
             const std::int64_t at = first + m;
             call.residual[at] = residual.v[m];
-            if (!sound.v[m] && !Dialect::softmax)
-                LogDomain(call.n, call.iterations, Dialect::eps)
+            if (!sound.v[m] && dialect != Dialect::deepseek)
+                LogDomain(call.n, call.iterations, dialect)
                     .forward(call.logits + at * size, call.out + at * size, call.residual + at);
         }
     }
 }
 
-template <class Dialect, int fixed>
+template <Dialect dialect, int fixed>
 void backward_lanes(const DoublyStochastic& call, std::int64_t begin, std::int64_t end) {
     const std::int64_t size = call.n * call.n;
     const Buffer<Vector> history(2 * call.n * (call.iterations + 1));
     for (std::int64_t first = begin; first < end; first += width) {
         const int count = static_cast<int>(end - first < width ? end - first : width);
-        const InLanes<Dialect, fixed> matrices(call.logits + first * size, count, call.n);
+        const InLanes<dialect, fixed> matrices(call.logits + first * size, count, call.n);
         Vector z[matrices.most];
         matrices.load(call.upstream + first * size, count, z);
         const Mask sound = matrices.backward(call.iterations, history.data, z);
         matrices.store(z, count, call.out + first * size);
         for (int m = 0; m < count; ++m) {
             const std::int64_t at = (first + m) * size;
-            if (!sound.v[m] && !Dialect::softmax)
-                LogDomain(call.n, call.iterations, Dialect::eps)
+            if (!sound.v[m] && dialect != Dialect::deepseek)
+                LogDomain(call.n, call.iterations, dialect)
                     .backward(call.logits + at, call.upstream + at, call.out + at);
         }
     }
@@ -348,7 +344,7 @@ struct Rows {
 };
 
 // The scalings, what comes of them, and P, of a matrix that is too large for lanes.
-template <class Dialect>
+template <Dialect dialect>
 struct Single {
     static constexpr int most = Rows::most, size = largest_n * most;
     Rows matrix;
@@ -372,11 +368,11 @@ struct Single {
                 k[i * count + c] = exp(row[c]);
                 sums = sums + k[i * count + c];
             }
-            if (Dialect::softmax) {
+            if (dialect == Dialect::deepseek) {
                 const Vector factor(1.0f / total(sums));
                 for (int c = 0; c < count; ++c) {
                     row[c] = k[i * count + c] * factor;
-                    k[i * count + c] = matrix.only(c, row[c] + Vector(Dialect::eps), Vector(0.0f));
+                    k[i * count + c] = matrix.only(c, row[c] + Vector(dialect_eps), Vector(0.0f));
                 }
             }
             for (int j = 0; j < n; ++j) transposed[j * count + i / width].v[i % width] = Rows::at(k + i * count, j);
@@ -404,7 +400,7 @@ struct Single {
 
     LL_FUNCTION bool forward(int iterations, float* out, float* residual) const {
         Vector scalings[2 * most], columns[most], p[most], all(0.0f);
-        const Extremes<Vector> extremes = normalize<Dialect, false>(matrix, iterations, scalings);
+        const Extremes<Vector> extremes = normalize<dialect, false>(matrix, iterations, scalings);
         for (int c = 0; c < count; ++c) columns[c] = Vector(0.0f);
         float worst = 0;
         for (int i = 0; i < n; ++i) {
@@ -424,7 +420,7 @@ struct Single {
     }
 
     LL_FUNCTION bool backward(int iterations, Vector* history, const float* upstream, float* out) const {
-        const Extremes<Vector> extremes = normalize<Dialect, true>(matrix, iterations, history);
+        const Extremes<Vector> extremes = normalize<dialect, true>(matrix, iterations, history);
         const Vector *u = history + 2 * count * iterations, *v = u + count;
         Vector sums[most], z[size], all(0.0f);
         for (int c = 0; c < count; ++c) sums[c] = Vector(0.0f);
@@ -438,43 +434,39 @@ struct Single {
                 sums[c] = sums[c] + row[c];
             }
         }
-        differentiate<Dialect>(matrix, iterations, history, z, sums);
+        differentiate<dialect>(matrix, iterations, history, z, sums);
         for (int i = 0; i < n; ++i) {
             Vector* const row = z + i * count;
-            if (Dialect::softmax) {
-                Vector means(0.0f);
-                for (int c = 0; c < count; ++c) {
-                    row[c] = row[c] * x[i * count + c] * reciprocal(k[i * count + c]);
-                    means = means + row[c];
-                }
-                const Vector mean(total(means));
-                for (int c = 0; c < count; ++c) row[c] = fma(-x[i * count + c], mean, row[c]);
-            }
+            if (dialect == Dialect::deepseek)
+                through_softmax(count, [&](int c) { return x[i * count + c]; }, k + i * count, row,
+                                [](Vector sums) { return Vector(total(sums)); });
             store_row(row, out + i * n);
         }
         return sound(extremes, all);
     }
 };
 
-template <class Dialect>
+template <Dialect dialect>
 void forward_rows(const DoublyStochastic& call, std::int64_t begin, std::int64_t end) {
     for (std::int64_t m = begin; m < end; ++m) {
         const std::int64_t at = m * call.n * call.n;
-        const Single<Dialect> matrix(call.logits + at, call.n);
-        if (!matrix.forward(call.iterations, call.out + at, call.residual + m) && !Dialect::softmax)
-            LogDomain(call.n, call.iterations, Dialect::eps)
+        const Single<dialect> matrix(call.logits + at, call.n);
+        const bool sound = matrix.forward(call.iterations, call.out + at, call.residual + m);
+        if (!sound && dialect != Dialect::deepseek)
+            LogDomain(call.n, call.iterations, dialect)
                 .forward(call.logits + at, call.out + at, call.residual + m);
     }
 }
 
-template <class Dialect>
+template <Dialect dialect>
 void backward_rows(const DoublyStochastic& call, std::int64_t begin, std::int64_t end) {
     const Buffer<Vector> history(2 * Rows::most * (call.iterations + 1));
     for (std::int64_t m = begin; m < end; ++m) {
         const std::int64_t at = m * call.n * call.n;
-        const Single<Dialect> matrix(call.logits + at, call.n);
-        if (!matrix.backward(call.iterations, history.data, call.upstream + at, call.out + at) && !Dialect::softmax)
-            LogDomain(call.n, call.iterations, Dialect::eps)
+        const Single<dialect> matrix(call.logits + at, call.n);
+        const bool sound = matrix.backward(call.iterations, history.data, call.upstream + at, call.out + at);
+        if (!sound && dialect != Dialect::deepseek)
+            LogDomain(call.n, call.iterations, dialect)
                 .backward(call.logits + at, call.upstream + at, call.out + at);
     }
 }
@@ -484,45 +476,37 @@ void backward_rows(const DoublyStochastic& call, std::int64_t begin, std::int64_
 using Do = void (*)(const DoublyStochastic&, std::int64_t begin, std::int64_t end);
 
 // By n: hyper-connections have 4.
-template <class Dialect>
+template <Dialect dialect>
 void forward_of(const DoublyStochastic& call, std::int64_t begin, std::int64_t end) {
-    const auto small = call.n == 4 ? forward_lanes<Dialect, 4> : forward_lanes<Dialect, 0>;
-    (call.n <= in_lanes ? small : forward_rows<Dialect>)(call, begin, end);
+    const auto small = call.n == 4 ? forward_lanes<dialect, 4> : forward_lanes<dialect, 0>;
+    (call.n <= in_lanes ? small : forward_rows<dialect>)(call, begin, end);
 }
 
-template <class Dialect>
+template <Dialect dialect>
 void backward_of(const DoublyStochastic& call, std::int64_t begin, std::int64_t end) {
-    const auto small = call.n == 4 ? backward_lanes<Dialect, 4> : backward_lanes<Dialect, 0>;
-    (call.n <= in_lanes ? small : backward_rows<Dialect>)(call, begin, end);
+    const auto small = call.n == 4 ? backward_lanes<dialect, 4> : backward_lanes<dialect, 0>;
+    (call.n <= in_lanes ? small : backward_rows<dialect>)(call, begin, end);
 }
 
-constexpr const char* names[] = {Exact::name, Deepseek::name, Megatron::name};
-constexpr Do forwards[] = {forward_of<Exact>, forward_of<Deepseek>, forward_of<Megatron>};
-constexpr Do backwards[] = {backward_of<Exact>, backward_of<Deepseek>, backward_of<Megatron>};
-
-int dialect(const char* name) {
-    for (int i = 0; i < 3; ++i)
-        if (std::strcmp(name, names[i]) == 0) return i;
-    return -1;
-}
+constexpr Do forwards[] = {forward_of<Dialect::exact>, forward_of<Dialect::deepseek>, forward_of<Dialect::megatron>};
+constexpr Do backwards[] = {backward_of<Dialect::exact>, backward_of<Dialect::deepseek>,
+                            backward_of<Dialect::megatron>};
 
 void forward(const DoublyStochastic& call, std::int64_t begin, std::int64_t end) {
     const FlushDenormals guard;
-    forwards[call.dialect](call, begin, end);
+    forwards[static_cast<int>(call.dialect)](call, begin, end);
 }
 
 void backward(const DoublyStochastic& call, std::int64_t begin, std::int64_t end) {
     const FlushDenormals guard;
-    backwards[call.dialect](call, begin, end);
+    backwards[static_cast<int>(call.dialect)](call, begin, end);
 }
+
+constexpr DoublyStochasticKernels kernels = {forward, backward};
 
 }  // namespace
 
-#define LL_TEXT_(name) #name
-#define LL_TEXT(name) LL_TEXT_(name)
-namespace doubly_stochastic {
-const DoublyStochasticKernels LL_COPY = {LL_TEXT(LL_COPY), dialect, forward, backward};
-}  // namespace doubly_stochastic
+const DoublyStochasticKernels DoublyStochasticKernels::LL_COPY = kernels;
 
 }  // namespace transport
 }  // namespace logitless

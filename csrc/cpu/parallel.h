@@ -28,16 +28,31 @@ void parallel(std::int64_t rows, std::int64_t columns, int threads, const Body& 
         return;
     }
 
-    // Pieces are taken, not dealt, so any number of workers (OpenMP may grant fewer) finishes them all.
+    // A worker takes the pieces of its own share first, which are then in its cache for the next kernel, and what is left
+    // of the others' after that: any number of workers (OpenMP may grant fewer) finishes them all.
+    struct alignas(64) Share {
+        std::atomic<std::int64_t> next;
+        std::int64_t end;
+    };
     struct Work {
         const Body& body;
-        const std::int64_t rows, step;
-        std::atomic<std::int64_t> next{0};
-    } work{body, rows, step};
+        const std::int64_t step;
+        std::vector<Share> shares;
+        std::atomic<unsigned> workers{0};
+    } work{body, step, std::vector<Share>(team)};
+    const std::int64_t pieces = (rows + step - 1) / step;
+    for (unsigned i = 0; i < team; ++i) {
+        work.shares[i].next = pieces * i / team * step;
+        work.shares[i].end = std::min(pieces * (i + 1) / team * step, rows);
+    }
     const auto take = [](void* data) {
         Work& work = *static_cast<Work*>(data);
-        for (std::int64_t begin; (begin = work.next.fetch_add(work.step)) < work.rows;)
-            work.body(begin, std::min(begin + work.step, work.rows));
+        const auto team = static_cast<unsigned>(work.shares.size()), own = work.workers++;
+        for (unsigned i = 0; i < team; ++i) {
+            Share& share = work.shares[(own + i) % team];
+            for (std::int64_t begin; (begin = share.next.fetch_add(work.step)) < share.end;)
+                work.body(begin, std::min(begin + work.step, share.end));
+        }
     };
 
     using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);

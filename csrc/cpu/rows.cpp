@@ -5,6 +5,7 @@
 //   statistics   sums of e^(s_j - m) times 1, (s_j - m), ...    one reading of z (and the teacher's z)
 //   generic      sum_j f_j, sum_j h_j; log sum_j e^(x_j)        one reading
 //   gradient     ds/dz times a combination of q, p, ...         one reading and one writing
+//   floors       where a filter cuts a row                      two readings, the rest in a row of room per thread
 //
 // An element costs 4 bytes of reading per side (and 4 of writing) and per side an exponential, some 17 operations on
 // whole vectors; a generic divergence costs five times that. With AVX-512 the former is about what memory can feed, so
@@ -13,6 +14,8 @@
 //
 // Accuracy: differences to the maximum first, exponentials of those; sums in float within a block, in double across
 // blocks. Nothing that the linker could share with another copy may be used here (see number.h), so no std:: templates.
+
+#include <cstdlib>
 
 #include "sweep.h"
 
@@ -324,6 +327,124 @@ void gradient_row(const Gradient& call, std::int64_t row) {
     }
 }
 
+// ----------------------------------------------------------------------------------------------------------- floors
+
+// Some scaled logits, with a vector of NaN behind them, of which no comparison is true.
+struct Candidates {
+    float* s;  // room for one vector more than there are
+    std::int64_t count;
+    float least, most;
+
+    LL_FUNCTION void close() {
+        for (int j = 0; j < width; ++j) s[count + j] = __builtin_nanf("");
+    }
+
+    // sum of term(s) over those that are at least `bound`
+    template <class Term>
+    LL_FUNCTION double sum_from(float bound, const Term& term) const {
+        Sum sum;
+        for (std::int64_t begin = 0; begin < count; begin += block) {
+            const std::int64_t end = count - begin < block ? count : begin + block;
+            Vector part(0.0f);
+            for (std::int64_t j = begin; j < end; j += width) {
+                const Vector x = Vector::load(s + j);
+                part = part + select((x > Vector(bound)) | (x == Vector(bound)), term(x), Vector(0.0f));
+            }
+            sum.add(part);
+        }
+        return sum.total();
+    }
+
+    // Leaves those that are at least `bound`, or those below it.
+    LL_FUNCTION void keep(float bound, bool upper) {
+        Vector low(infinity), high(-infinity);
+        std::int64_t kept = 0;
+        for (std::int64_t j = 0; j < count; j += width) {
+            const Vector x = Vector::load(s + j);
+            const Mask wanted = upper ? (x > Vector(bound)) | (x == Vector(bound)) : Vector(bound) > x;
+            low = min(select(wanted, x, Vector(infinity)), low);
+            high = max(select(wanted, x, Vector(-infinity)), high);
+            kept += compress(wanted, x, s + kept);
+        }
+        count = kept;
+        least = -largest(-low);
+        most = largest(high);
+        close();
+    }
+};
+
+// A number in (least, most]: in the middle, or in the middle of the floats between them.
+LL_FUNCTION float between(float least, float most, bool of_floats) {
+    float middle = least / 2 + most / 2;
+    if (of_floats) {
+        const auto order = [](std::int32_t bits) { return bits < 0 ? bits ^ 0x7fffffff : bits; };
+        std::int32_t ends[2];
+        std::memcpy(&ends[0], &least, sizeof least);
+        std::memcpy(&ends[1], &most, sizeof most);
+        const std::int32_t bits = order(static_cast<std::int32_t>(
+            (static_cast<std::int64_t>(order(ends[0])) + order(ends[1])) >> 1));
+        std::memcpy(&middle, &bits, sizeof middle);
+    }
+    return middle > least ? middle : most;
+}
+
+// The largest t for which the terms of candidates from t on have the sum `wanted` (else the least candidate). Halves the
+// range of candidates; the middle of floats comes in where some lie far off.
+template <class Term>
+LL_FUNCTION float cut(Candidates candidates, double wanted, const Term& term) {
+    double above = 0;
+    for (bool of_floats = false; candidates.least < candidates.most; of_floats = !of_floats) {
+        const float middle = between(candidates.least, candidates.most, of_floats);
+        const double sum = above + candidates.sum_from(middle, term);
+        if (sum < wanted) above = sum;
+        candidates.keep(middle, !(sum < wanted));
+    }
+    return candidates.least;
+}
+
+// The smallest scaled logit that a filter keeps.
+LL_FUNCTION float smallest_kept(const Floors& call, Candidates all) {
+    if (call.filter == Filter::min_p) return all.most + static_cast<float>(call.number);
+    if (call.filter == Filter::top_k) {
+        all.keep(-__FLT_MAX__, true);
+        return all.count <= call.number ? -infinity : cut(all, call.number, [](Vector) { return Vector(1.0f); });
+    }
+    const Vector origin(all.most);
+    const auto e = [origin](Vector s) { return exp(s - origin); };
+    const double sum = all.sum_from(-infinity, e);
+    // What lies below has less mass than (1 - p) e^max.
+    all.keep(all.most - static_cast<float>(__builtin_log(call.chunks.columns / (1 - call.number)) + 1), true);
+    return cut(all, call.number * sum, e);
+}
+
+// `room` for the row and a vector more.
+LL_FUNCTION void floors_row(const Floors& call, std::int64_t row, float* room) {
+    const Row student(call.chunks.student, row);
+    const std::int64_t columns = call.chunks.columns;
+    Candidates all = {room, columns, -infinity, -infinity};
+    all.close();
+    sweep(0, columns, [&](std::int64_t j, auto access) {
+        prefetch(student.z + j);
+        access.store(student.scaled(access, j).s, room + j);
+    });
+    Vector most(-infinity);
+    for (std::int64_t j = 0; j < columns; j += width) most = max(Vector::load(room + j), most);
+    all.most = largest(most);
+
+    const float kept = all.most == -infinity ? -infinity : smallest_kept(call, all);
+    // Halfway between the smallest x that is kept and the largest that is not.
+    Vector lowest(infinity), highest(-infinity);
+    sweep(0, columns, [&](std::int64_t j, auto access) {
+        prefetch(student.z + j);
+        const Vector x = student.raw(access, j);
+        const Vector s = access.only(student.scaled(access, j).s, __builtin_nanf(""));
+        lowest = min(select((s > Vector(kept)) | (s == Vector(kept)), x, Vector(infinity)), lowest);
+        highest = max(select(Vector(kept) > s, x, Vector(-infinity)), highest);
+    });
+    const float low = -largest(-lowest), high = largest(highest), middle = high / 2 + low / 2;
+    call.floors[row] = high == -infinity ? high : middle > high ? middle : low;
+}
+
 // Every row of a call, and the copy's entry in rows.h.
 
 void statistics(const Statistics& call, std::int64_t begin, std::int64_t end) {
@@ -344,12 +465,17 @@ void gradient(const Gradient& call, std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) one(call, row);
 }
 
+void floors(const Floors& call, std::int64_t begin, std::int64_t end) {
+    const FlushDenormals guard;
+    float* const room = static_cast<float*>(std::malloc((call.chunks.columns + width) * sizeof(float)));
+    for (std::int64_t row = begin; row < end; ++row) floors_row(call, row, room);
+    std::free(room);
+}
+
+constexpr RowKernels kernels = {statistics, generic, gradient, floors};
+
 }  // namespace
 
-#define LL_TEXT_(name) #name
-#define LL_TEXT(name) LL_TEXT_(name)
-#define LL_JOIN_(a, b) a##b
-#define LL_JOIN(a, b) LL_JOIN_(a, b)
-const Kernels LL_COPY = {LL_TEXT(LL_COPY), statistics, generic, gradient, LL_JOIN(tokens_, LL_COPY)};
+const RowKernels RowKernels::LL_COPY = kernels;
 
 }  // namespace logitless

@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "../math/divergences.h"
-#include "tokens.h"
 
 namespace logitless {
 
@@ -67,19 +66,23 @@ struct Gradient {
     std::int64_t out_stride;
 };
 
+enum class Filter { min_p, top_p, top_k };  // python/logitless/support.py
+
+struct Floors {
+    Pair chunks;    // the student alone
+    Filter filter;
+    double number;  // log p, p or k
+    float* floors;  // per row
+};
+
 // rows.cpp, once per instruction set. Each kernel does the rows [begin, end); rows are independent.
-struct Kernels {
-    const char* name;
+struct RowKernels {
     void (*statistics)(const Statistics&, std::int64_t begin, std::int64_t end);
     void (*generic)(const Generic&, std::int64_t begin, std::int64_t end);
     void (*gradient)(const Gradient&, std::int64_t begin, std::int64_t end);
-    TokenKernel* tokens;
-};
+    void (*floors)(const Floors&, std::int64_t begin, std::int64_t end);
 
-extern const Kernels baseline;
-#if defined(__x86_64__)
-extern const Kernels avx2;
-extern const Kernels avx512;
-#endif
+    static const RowKernels baseline, avx2, avx512;  // copies.h
+};
 
 }  // namespace logitless

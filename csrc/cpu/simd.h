@@ -134,6 +134,22 @@ LL_FUNCTION float largest(Vector x) {
     return lanes[0];
 }
 
+// The wanted lanes of x, one after the other; how many they are. A whole vector of memory may be written.
+LL_FUNCTION int compress(Mask wanted, Vector x, float* to) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    const __mmask16 bits = _mm512_movepi32_mask(reinterpret_cast<__m512i>(wanted.v));
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, x.v));
+    return __builtin_popcount(bits);
+#else
+    int count = 0;
+    for (int i = 0; i < Vector::size; ++i) {
+        to[count] = x.v[i];
+        count -= wanted.v[i];
+    }
+    return count;
+#endif
+}
+
 // The first `count` numbers, and 0 in the other lanes; the rest of memory is not touched.
 LL_FUNCTION Vector load_first(const float* from, int count) {
     if (count == Vector::size) return Vector::load(from);

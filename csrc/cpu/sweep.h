@@ -35,24 +35,17 @@ public:
 struct Whole {
     LL_FUNCTION Vector load(const float* from) const { return Vector::load(from); }
     LL_FUNCTION void store(Vector v, float* to) const { v.store(to); }
-    LL_FUNCTION Vector only(Vector v) const { return v; }
+    LL_FUNCTION Vector only(Vector v, float = 0) const { return v; }
 };
 
 struct Part {
     int count;
 
-    LL_FUNCTION Vector load(const float* from) const {
-        float lanes[width] = {};
-        std::memcpy(lanes, from, count * sizeof(float));
-        return Vector::load(lanes);
-    }
-    LL_FUNCTION void store(Vector v, float* to) const {
+    LL_FUNCTION Vector load(const float* from) const { return load_first(from, count); }
+    LL_FUNCTION void store(Vector v, float* to) const { store_first(v, to, count); }
+    LL_FUNCTION Vector only(Vector v, float others = 0) const {
         float lanes[width];
-        v.store(lanes);
-        std::memcpy(to, lanes, count * sizeof(float));
-    }
-    LL_FUNCTION Vector only(Vector v) const {  // 0 in the other lanes
-        float lanes[width] = {};
+        Vector(others).store(lanes);
         store(v, lanes);
         return Vector::load(lanes);
     }
@@ -81,10 +74,14 @@ struct Row {
         Vector s, slope;  // slope = ds/dz
     };
 
+    template <class Access>
+    LL_FUNCTION Vector raw(Access access, std::int64_t j) const {
+        const Vector x = access.load(z + j);
+        return bias ? x + access.load(bias + j) : x;
+    }
     template <bool filterable = true, class Access>  // false: where the caller knows that there is no floor
     LL_FUNCTION Scaled scaled(Access access, std::int64_t j) const {
-        Vector x = access.load(z + j);
-        if (bias) x = x + access.load(bias + j);
+        const Vector x = raw(access, j);
         if (!capped) return kept<filterable>(x, {Vector(outer) * x, Vector(outer)});
         const Vector y = tanh(Vector(inner) * x);
         return kept<filterable>(x, {Vector(outer) * y, Vector(outer * inner) * fma(-y, y, Vector(1.0f))});

@@ -260,12 +260,10 @@ void tokens(const TokenCall& call, std::int64_t unit, TokenSums* found) {
     *found = totals.total(recipe);
 }
 
+constexpr TokenKernels kernels = {tokens};
+
 }  // namespace
 
-#define LL_JOIN_(a, b) a##b
-#define LL_JOIN(a, b) LL_JOIN_(a, b)
-void LL_JOIN(tokens_, LL_COPY)(const TokenCall& call, std::int64_t unit, TokenSums* found) {
-    tokens(call, unit, found);
-}
+const TokenKernels TokenKernels::LL_COPY = kernels;
 
 }  // namespace logitless

@@ -32,11 +32,10 @@ constexpr std::int64_t token_unit = 4096;
 
 inline std::int64_t token_units(const TokenCall& call) { return call.tokens / token_unit + 1; }
 
-// tokens.cpp, once per instruction set.
-using TokenKernel = void(const TokenCall&, std::int64_t unit, TokenSums*);
-TokenKernel tokens_baseline;
-#if defined(__x86_64__)
-TokenKernel tokens_avx2, tokens_avx512;
-#endif
+struct TokenKernels {  // tokens.cpp, once per instruction set
+    void (*tokens)(const TokenCall&, std::int64_t unit, TokenSums*);
+
+    static const TokenKernels baseline, avx2, avx512;  // copies.h
+};
 
 }  // namespace logitless

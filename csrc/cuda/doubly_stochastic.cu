@@ -1,22 +1,16 @@
-// Doubly stochastic matrices, forward and backward, one launch each.
+// Doubly stochastic matrices (math/doubly_stochastic.h), forward and backward, one launch each.
 //
-// P = diag(u) K diag(v) after H halves, in turn of rows and of columns, each of which divides by a sum of the matrix:
+// Steps over rows and over columns in turn are the halves of a run. Backward needs u and v of every half and no matrix:
+// the run is repeated, and they are kept in shared memory, `kept` halves at a time; longer runs are repeated for every
+// so many.
 //
-//   exact      K = e^(x - f - g), maxima of rows and columns 0;   u_i = 1 / sum_j K_ij v_j
-//   deepseek   K = softmax(x) + eps, columns first;               u_i <- u_i / (u_i sum_j K_ij v_j + eps)
-//   megatron   K = e^(x - row maximum);                           u_i <- u_i / max(u_i sum_j K_ij v_j, eps)
-//
-// and v alike. With A = dL/d log of the matrix, a half over rows that gave y passes A_ij - y_ij sum_j A_ij on (nothing
-// is taken off where megatron's eps was the larger), so backward needs u and v of every half and no matrix: the run is
-// repeated, and they are kept in shared memory, `kept` halves at a time; longer runs are repeated for every so many.
-//
-// In "exact" an entry that K cannot hold would come back once u or v has grown by as much: a run in which one leaves
-// 2^-40 .. 2^40 is done again with -log u, -log v and log K.
+// In "exact" K = e^(x - f - g), maxima of rows and columns 0, and v starts at e^g. An entry that K cannot hold would
+// come back once u or v has grown by as much: a run in which one leaves 2^-40 .. 2^40 is done again with -log u, -log v
+// and log K.
 //
 // [M, n, n] floats are read once (twice with a gradient) and written once. n <= 4: a matrix per thread, in registers;
 // M = 32768, n = 4: 4.2 MB (6.3 MB), 1.4 us (2.1 us) at 3.0 TB/s, and 40 halves of some 60 dependent cycles, 1.4 us.
-// Larger n: 64 / n matrices per block, in shared
-// memory, a thread per row and column.
+// Larger n: 64 / n matrices per block, in shared memory, a thread per row and column.
 
 #include "doubly_stochastic.h"
 
@@ -25,7 +19,6 @@
 namespace logitless::cuda {
 namespace {
 
-constexpr float eps = 1e-6f;
 constexpr float most = 0x1p40f, least = 0x1p-40f;  // of u and v in "exact"
 constexpr int block_size = 64;                     // of matrices, where each has a thread
 
@@ -37,18 +30,11 @@ struct Matrices {
     __device__ bool of_rows(int half) const { return (half + (call.dialect == Dialect::deepseek)) % 2 == 0; }
 };
 
-// Whether the half's sum was what it divided by, or eps.
-__device__ __forceinline__ bool passes(Dialect dialect, float old, float sum) {
-    return dialect != Dialect::megatron || old * sum >= eps;
-}
-
 // What a half makes of one row's u (or one column's v) and of `sum`, that of K times the other vector.
 template <bool logarithmic>
 __device__ __forceinline__ float divided(Dialect dialect, float old, float sum) {
     if (logarithmic) return sum;  // of exponentials the log already
-    if (dialect == Dialect::deepseek) return 1.0f / (sum + eps / old);
-    if (sum < 0x1p-126f) return 1.0f;  // of nothing
-    return passes(dialect, old, sum) ? 1.0f / sum : old / eps;
+    return sum < 0x1p-126f ? 1.0f : next_scaling(dialect, old, sum);  // 1: a sum of nothing
 }
 
 template <bool logarithmic>
@@ -75,22 +61,16 @@ __device__ __forceinline__ float summed(int n, const K& k, const V& v) {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// A row of dL/dx from A, for K = softmax(x) + eps.
-template <class X, class K, class A>
-__device__ __forceinline__ void through_softmax(int n, const X& x, const K& k, const A& a) {
-    float top = -infinity, sum = 0, dot = 0;
+// A row of dL/dx from A, of deepseek.
+__device__ __forceinline__ void back_to_logits(int n, const float* x, const float* k, float* a) {
+    float top = -infinity, sum = 0;
 #pragma unroll
-    for (int j = 0; j < n; ++j) top = fmaxf(top, x(j));
+    for (int j = 0; j < n; ++j) top = fmaxf(top, x[j]);
+    top = finite(top);
 #pragma unroll
-    for (int j = 0; j < n; ++j) {
-        const float e = exp(x(j) - finite(top));
-        a(j) = a(j) / k(j);
-        sum += e;
-        dot = fmaf(e, a(j), dot);
-    }
-    dot = dot / sum;
-#pragma unroll
-    for (int j = 0; j < n; ++j) a(j) = exp(x(j) - finite(top)) / sum * (a(j) - dot);
+    for (int j = 0; j < n; ++j) sum += exp(x[j] - top);
+    const float factor = reciprocal(sum);
+    through_softmax(n, [&](int j) { return exp(x[j] - top) * factor; }, k, a, [](float total) { return total; });
 }
 
 // ------------------------------------------------------------------------------------------------- a matrix per thread
@@ -120,7 +100,7 @@ struct Registers {
             }
             if (dialect == Dialect::deepseek) {
 #pragma unroll
-                for (int j = 0; j < n; ++j) k[i][j] = k[i][j] / sum + eps;
+                for (int j = 0; j < n; ++j) k[i][j] = k[i][j] / sum + dialect_eps;
             }
         }
         if (dialect != Dialect::exact) return;
@@ -168,7 +148,7 @@ struct Registers {
             float sum = 0;
 #pragma unroll
             for (int j = 0; j < n; ++j) sum += of_rows ? a[i][j] : a[j][i];
-            if (dialect == Dialect::megatron && !passes(dialect, before[i], sum_of<of_rows, false>(i))) sum = 0;
+            sum = live(dialect, before[i], x[i], sum);
 #pragma unroll
             for (int j = 0; j < n; ++j)
                 (of_rows ? a[i][j] : a[j][i]) -= entry<logarithmic>(at<of_rows>(i, j), x[i], y[j]) * sum;
@@ -284,9 +264,7 @@ __device__ bool gradient_of(const Matrices& given, std::int64_t matrix, float* m
     float* const out = call.out + matrix * n * n;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-        if (call.dialect == Dialect::deepseek)
-            through_softmax(n, [&](int j) { return logits[i * n + j]; }, [&](int j) { return m.k[i][j]; },
-                            [&](int j) -> float& { return a[i][j]; });
+        if (call.dialect == Dialect::deepseek) back_to_logits(n, logits + i * n, m.k[i], a[i]);
 #pragma unroll
         for (int j = 0; j < n; ++j) out[i * n + j] = a[i][j];
     }
@@ -357,7 +335,7 @@ struct Resident {
                 if (dialect != Dialect::exact) sum += x = exp(x);
             }
             if (dialect == Dialect::deepseek)
-                for (int j = 0; j < n; ++j) row(k, j) = row(k, j) / sum + eps;
+                for (int j = 0; j < n; ++j) row(k, j) = row(k, j) / sum + dialect_eps;
         }
         block_barrier<41>();
         if (dialect != Dialect::exact) return;
@@ -450,8 +428,7 @@ struct Resident {
         }
         if (call.dialect == Dialect::deepseek) {  // through K = softmax + eps
             if (mine())
-                through_softmax(n, [&](int j) { return call.logits[(matrix * n + index) * n + j]; },
-                                [&](int j) { return row(k, j); }, [&](int j) -> float& { return row(a, j); });
+                back_to_logits(n, call.logits + (matrix * n + index) * n, k + index * stride, a + index * stride);
             block_barrier<47>();
         }
         each_entry([&](std::int64_t e, int i, int j) { call.out[e] = a[i * stride + j]; });
@@ -468,12 +445,11 @@ struct Resident {
                 h >= 2 ? history[(h - 2 - first) * n + t] : !rows ? first_v[t] : logarithmic ? 0.0f : 1.0f;
             float sum = 0;
             for (int j = 0; j < n; ++j) sum += rows ? row(a, j) : column(a, j);
-            if (given.call.dialect == Dialect::megatron && !passes(Dialect::megatron, before, sum_of<false>(rows)))
-                sum = 0;
+            const float own = (rows ? u : v)[t];
+            sum = live(given.call.dialect, before, own, sum);
             for (int j = 0; j < n; ++j) {
                 float& x = rows ? row(a, j) : column(a, j);
-                const float own = (rows ? u : v)[t], other = (rows ? v : u)[j];
-                x -= entry<logarithmic>(rows ? row(k, j) : column(k, j), own, other) * sum;
+                x -= entry<logarithmic>(rows ? row(k, j) : column(k, j), own, (rows ? v : u)[j]) * sum;
             }
             (rows ? u : v)[t] = before;
         }

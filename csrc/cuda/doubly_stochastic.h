@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-namespace logitless::cuda {
+#include "../math/doubly_stochastic.h"
 
-enum class Dialect : int { exact, deepseek, megatron };
+namespace logitless::cuda {
 
 struct DoublyStochastic {
     const float* logits;    // [matrices, n, n], n <= 64

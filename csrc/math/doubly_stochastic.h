@@ -14,62 +14,48 @@
 //
 // so all that a run must remember are u and v of every step. Errors of Z are normalised away as Z itself is.
 //
-// A Layout says how a matrix lies in numbers of type T: an n-vector is `count` of them. One matrix per lane (Lanes) is
-// also one matrix per thread.
+// A Layout says how a matrix lies in numbers of type T: an n-vector is `count` of them.
 
 #pragma once
 
 #include "elementary.h"
 
 namespace logitless {
+
+enum class Dialect { exact, deepseek, megatron };
+constexpr const char* dialect_names[] = {"exact", "deepseek", "megatron"};
+
 namespace {
 
-// Of each: the new scaling from the old one and the sum, and x, or 0 where the new one does not depend on the sum.
+constexpr float dialect_eps = 1e-6f;  // of deepseek and megatron
 
-struct Exact {
-    static constexpr const char* name = "exact";
-    static constexpr float eps = 0;
-    static constexpr bool softmax = false;
+// u' from u and s.
+template <class T>
+LL_FUNCTION T next_scaling(Dialect dialect, T old, T sum) {
+    const T eps(dialect_eps);
+    if (dialect == Dialect::deepseek) return old * reciprocal(fma(old, sum, eps));
+    if (dialect == Dialect::megatron) return old * reciprocal(max(eps, old * sum));
+    return reciprocal(sum);
+}
 
-    template <class T>
-    static LL_FUNCTION T next(T, T sum) {
-        return reciprocal(sum);
-    }
-    template <class T>
-    static LL_FUNCTION T live(T, T, T x) {
-        return x;
-    }
-};
+// sum_j Z_ij, or 0 where u' does not depend on s.
+template <class T>
+LL_FUNCTION T live(Dialect dialect, T old, T next, T sum) {
+    if (dialect != Dialect::megatron) return sum;
+    return select(old * T(1 - dialect_eps) > next * T(dialect_eps), sum, T(0.0f));
+}
 
-struct Deepseek {
-    static constexpr const char* name = "deepseek";
-    static constexpr float eps = 1e-6f;
-    static constexpr bool softmax = true;
-
-    template <class T>
-    static LL_FUNCTION T next(T old, T sum) {
-        return old * reciprocal(fma(old, sum, T(eps)));
+// A row of Z of the logits from that of K = p + eps, where p(j) is their softmax; total(x) is what T has of a row.
+template <class T, class Softmax, class Total>
+LL_FUNCTION void through_softmax(int count, const Softmax& p, const T* k, T* z, const Total& total) {
+    T mean(0.0f);
+    for (int j = 0; j < count; ++j) {
+        z[j] = z[j] * p(j) * reciprocal(k[j]);
+        mean = mean + z[j];
     }
-    template <class T>
-    static LL_FUNCTION T live(T, T, T x) {
-        return x;
-    }
-};
-
-struct Megatron {
-    static constexpr const char* name = "megatron";
-    static constexpr float eps = 1e-6f;
-    static constexpr bool softmax = false;
-
-    template <class T>
-    static LL_FUNCTION T next(T old, T sum) {
-        return old * reciprocal(max(T(eps), old * sum));
-    }
-    template <class T>
-    static LL_FUNCTION T live(T old, T next, T x) {
-        return select(old * T(1 - 1e-6f) > next * T(eps), x, T(0.0f));
-    }
-};
+    mean = total(mean);
+    for (int j = 0; j < count; ++j) z[j] = fma(-p(j), mean, z[j]);
+}
 
 // n^2 numbers T, each of a matrix of its own: k[i n + j]. `fixed`: n, or 0 if it is known at run time only.
 template <class Number, int fixed, int largest>
@@ -135,7 +121,7 @@ struct Extremes {
 
 // The scalings of a run. `history` [iterations + 1, 2, count] starts with ones and gets those after every iteration;
 // with `keeps` unset it has room for one, and holds the last.
-template <class Dialect, bool keeps, class Layout, class T = typename Layout::T>
+template <Dialect dialect, bool keeps, class Layout, class T = typename Layout::T>
 LL_FUNCTION Extremes<T> normalize(const Layout& matrix, int iterations, T* history) {
     const int count = matrix.count();
     for (int i = 0; i < 2 * count; ++i) history[i] = T(1.0f);
@@ -143,13 +129,13 @@ LL_FUNCTION Extremes<T> normalize(const Layout& matrix, int iterations, T* histo
     T sums[Layout::most];
     const auto step = [&](const T* old, T* next) {
         for (int i = 0; i < count; ++i) {
-            next[i] = matrix.only(i, Dialect::next(old[i], sums[i]), T(1.0f));
+            next[i] = matrix.only(i, next_scaling(dialect, old[i], sums[i]), T(1.0f));
             extremes.see(next[i]);
         }
     };
     for (int t = 0; t < iterations; ++t) {
         T *old = history, *next = keeps ? history + 2 * count : history;
-        if (Dialect::softmax && t == 0) {
+        if (dialect == Dialect::deepseek && t == 0) {
             for (int i = 0; i < count; ++i) next[i] = old[i];
         } else {
             matrix.rows(old + count, sums);
@@ -163,18 +149,18 @@ LL_FUNCTION Extremes<T> normalize(const Layout& matrix, int iterations, T* histo
 }
 
 // Z of K from that of P, whose column sums are `sums`; `history` as of normalize.
-template <class Dialect, class Layout, class T = typename Layout::T>
+template <Dialect dialect, class Layout, class T = typename Layout::T>
 LL_FUNCTION void differentiate(const Layout& matrix, int iterations, const T* history, T* z, T* sums) {
     const int count = matrix.count();
     T factors[Layout::most];
     const auto close = [&](const T* old, const T* next) {
-        for (int i = 0; i < count; ++i) factors[i] = Dialect::live(old[i], next[i], sums[i] * next[i]);
+        for (int i = 0; i < count; ++i) factors[i] = live(dialect, old[i], next[i], sums[i] * next[i]);
     };
     for (int t = iterations; t > 0; --t) {
         const T *old = history + 2 * count * (t - 1), *next = old + 2 * count;
         close(old + count, next + count);
         matrix.rows_after(next, factors, z, sums);
-        if (Dialect::softmax && t == 1) break;
+        if (dialect == Dialect::deepseek && t == 1) break;
         close(old, next);
         matrix.columns_after(factors, old + count, z, sums);
     }

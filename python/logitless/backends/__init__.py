@@ -7,6 +7,7 @@ be float16 or bfloat16) and these functions, on *chunks* of logits (some rows of
     generic(student, teacher, normalizers, row_sum, parameters) -> value, slope        sums given both lse
     gradient(student, teacher, normalizers, combination, out)   -> None               one writing of the chunk
     fused(student, teacher, *, targets, weights, wanted, combination, out) -> accumulators       optional, see below
+    floors(student, kind, number)                               -> floors             optional, see below
 
 **Chunk.** A chunk holds raw products ``z`` and what turns them into scaled logits,
 ``s = outer * phi(inner * (z + bias))``, with ``phi`` the identity (``inner is None``) or tanh. ``outer`` is one number
@@ -52,6 +53,9 @@ place of chunks: the product itself is folded into accumulators, and no logit is
 is *open* (its coefficients do not depend on statistics, and there is one more, "q_lse"), and the kernels close it as
 :func:`logitless.engine.statistics.close` does. The accumulators have, for divergence number k of the combination,
 ``(k, "value")`` and ``(k, "slope")``. A backend without it is asked for statistics, generic and gradient in turn.
+
+**Floors.** Of whole rows, those of a filter of :mod:`logitless.support`: ("MinP", p), ("TopP", p) or ("TopK", k), as
+:func:`logitless.engine.floors.find` defines them. It serves where a backend has none.
 """
 
 from __future__ import annotations
@@ -118,6 +122,19 @@ class Combination:
     generic: tuple[tuple[RowSum, tuple[Tensor, ...], Tensor], ...] = ()  # (what, parameters [rows], c [rows])
     rows: Tensor | None = None  # [rows, columns]: gradient of row functions with respect to s
     live: Tensor | None = None  # [rows] bool; None means all
+
+
+def accumulator_names(pair: bool, targets: Tensor | None, wanted: frozenset[str]) -> list[str]:
+    """Of those in float64, in the order in which the Triton kernels store them."""
+    names = ["max", "sum"]
+    names += ["target"] if targets is not None else []
+    names += ["first"] if "entropy" in wanted else []
+    names += ["square"] if "collision" in wanted else []
+    names += ["weighted", "mass"] if "weighted" in wanted else []
+    if pair:
+        names += ["teacher_max", "teacher_sum"]
+        names += ["forward", "reverse"] if "moments" in wanted else []
+    return names
 
 
 def available() -> dict[str, ModuleType | str]:

@@ -7,11 +7,12 @@ another stride (a vector that was expanded, say) is made contiguous here and kep
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
 
-from logitless.backends import Chunk, Combination, Normalizers
+from logitless.backends import Chunk, Combination, Normalizers, accumulator_names
 from logitless.divergences import RowSum
 
 NAME = "cpu"
@@ -44,23 +45,38 @@ class _Addresses:
     def of(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        self._kept.append(tensor.contiguous())
-        return self._kept[-1].data_ptr()
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def fields(self, chunk: Chunk) -> dict[str, object]:
+        return {
+            "z": chunk.z.data_ptr(),
+            "stride": chunk.z.stride(0),
+            "bias": self.of(chunk.bias),
+            "outer": self.of(chunk.outer),
+            "inner": chunk.inner,
+            "floor": self.of(chunk.floor),
+        }
 
     def chunk(self, chunk: Chunk | None):
-        if chunk is None:
-            return None
-        return _C.Chunk(
-            z=chunk.z.data_ptr(),
-            stride=chunk.z.stride(0),
-            bias=self.of(chunk.bias),
-            outer=self.of(chunk.outer),
-            inner=chunk.inner,
-            floor=self.of(chunk.floor),
-        )
+        return None if chunk is None else _C.Chunk(**self.fields(chunk))
 
     def normalizers(self, normalizers: Normalizers) -> dict[str, int]:
         return {name: self.of(tensor) for name, tensor in vars(normalizers).items()}
+
+    def combination(self, combination: Combination) -> dict[str, object]:
+        """Without divergences, targets and weights."""
+        rows = combination.rows
+        if rows is not None and rows.stride(1) != 1:
+            rows = rows.contiguous()
+            self._kept.append(rows)
+        return {
+            "coefficients": {name: self.of(c) for name, c in combination.coefficients.items()},
+            "rows_gradient": (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0)),
+            "live": self.of(combination.live),
+        }
 
 
 def statistics(
@@ -71,14 +87,7 @@ def statistics(
     weights: Tensor | None,
     wanted: frozenset[str],
 ) -> dict[str, Tensor]:
-    names = ["max", "sum"]
-    names += ["target"] if targets is not None else []
-    names += ["first"] if "entropy" in wanted else []
-    names += ["square"] if "collision" in wanted else []
-    names += ["weighted"] if "weighted" in wanted else []
-    if teacher is not None:
-        names += ["teacher_max", "teacher_sum"]
-        names += ["forward", "reverse"] if "moments" in wanted else []
+    names = accumulator_names(teacher is not None, targets, wanted)
     rows, columns = student.z.shape
     found = dict(zip(names, student.outer.new_empty(len(names), rows, dtype=torch.float64).unbind()))
     if "argmax" in wanted:
@@ -95,10 +104,7 @@ def statistics(
         threads=torch.get_num_threads(),
     )
     if "weighted" in wanted:
-        mass = (
-            student.outer.new_tensor(float(columns), dtype=torch.float64) if weights is None else weights.double().sum()
-        )
-        found["mass"] = mass.expand(rows)
+        found["mass"][:] = columns if weights is None else weights.double().sum()
     return found
 
 
@@ -136,9 +142,6 @@ def gradient(
     out: Tensor,
 ) -> None:
     rows, columns = student.z.shape
-    extra = combination.rows
-    if extra is not None and extra.stride(1) != 1:
-        extra = extra.contiguous()
     address = _Addresses()
     _C.gradient(
         rows,
@@ -146,15 +149,29 @@ def gradient(
         address.chunk(student),
         address.chunk(teacher),
         normalizers=address.normalizers(normalizers),
-        coefficients={name: address.of(c) for name, c in combination.coefficients.items()},
+        **address.combination(combination),
         divergences=[
             (row_sum.name, [address.of(p) for p in parameters], address.of(c))
             for row_sum, parameters, c in combination.generic
         ],
         targets=address.of(combination.targets),
         weights=address.of(combination.weights),
-        rows_gradient=(0, 0) if extra is None else (extra.data_ptr(), extra.stride(0)),
-        live=address.of(combination.live),
         out=(out.data_ptr(), out.stride(0)),
         threads=torch.get_num_threads(),
     )
+
+
+def floors(student: Chunk, kind: str, number: float) -> Tensor:
+    rows, columns = student.z.shape
+    found = torch.empty_like(student.outer)
+    address = _Addresses()
+    _C.floors(
+        rows,
+        columns,
+        address.chunk(student),
+        filter=kind,
+        number=math.log(number) if kind == "MinP" else number,
+        out=found.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return found

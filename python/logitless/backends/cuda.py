@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from logitless.backends import Chunk, Combination, Normalizers, cpu
+from logitless.backends import Chunk, Combination, Normalizers, accumulator_names, cpu
 from logitless.divergences import RowSum
 
 NAME = "cuda"
@@ -58,39 +58,23 @@ def _queue(device: torch.device) -> dict[str, int]:
     return {"device": device.index, "stream": torch._C._cuda_getCurrentRawStream(device.index)}
 
 
-class _Call:
+class _Call(cpu._Addresses):
     """The arguments of one launch, and the tensors whose addresses they hold."""
 
     def __init__(self, student: Chunk, teacher: Chunk | None) -> None:
-        self._kept: list[Tensor] = []
+        super().__init__()
         self.rows, columns = student.z.shape
         self.device = student.z.device
         self.arguments = {
             "rows": self.rows,
             "columns": columns,
-            "student": self._chunk(student),
-            "teacher": None if teacher is None else self._chunk(teacher),
+            "student": self.chunk(student),
+            "teacher": self.chunk(teacher),
             **_queue(self.device),
         }
 
-    def of(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-            self._kept.append(tensor)
-        return tensor.data_ptr()
-
-    def _chunk(self, chunk: Chunk):
-        return _kernels.Chunk(
-            z=chunk.z.data_ptr(),
-            stride=chunk.z.stride(0),
-            type=_TYPES[chunk.z.dtype],
-            bias=self.of(chunk.bias),
-            outer=self.of(chunk.outer),
-            inner=chunk.inner,
-            floor=self.of(chunk.floor),
-        )
+    def chunk(self, chunk: Chunk | None):
+        return None if chunk is None else _kernels.Chunk(**self.fields(chunk), type=_TYPES[chunk.z.dtype])
 
     def sums(self, names: list) -> tuple[dict[object, Tensor], dict[object, int]]:
         """New float64 [rows] tensors, and their addresses."""
@@ -108,9 +92,6 @@ class _Call:
         self.arguments["accumulators"] = addresses
         return found
 
-    def normalizers(self, normalizers: Normalizers) -> None:
-        self.arguments["normalizers"] = {name: self.of(tensor) for name, tensor in vars(normalizers).items()}
-
     def terms(self, generic, sums: dict[object, int]) -> None:
         """Generic divergences, and where their ("value", "slope") go."""
         self.arguments["divergences"] = [
@@ -124,32 +105,16 @@ class _Call:
             for k, (row_sum, parameters, c) in enumerate(generic)
         ]
 
-    def combination(self, combination: Combination, out: Tensor) -> None:
-        rows = combination.rows
-        if rows is not None and rows.stride(1) != 1:
-            rows = rows.contiguous()
-            self._kept.append(rows)
-        self.arguments |= {
-            "coefficients": {name: self.of(c) for name, c in combination.coefficients.items()},
+    def emit(self, combination: Combination, out: Tensor) -> None:
+        self.arguments |= self.combination(combination) | {
             "hot": self.of(combination.targets),
             "weight_vector": self.of(combination.weights),
-            "rows_gradient": (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0)),
-            "live": self.of(combination.live),
             "out": (out.data_ptr(), out.stride(0), _TYPES[out.dtype]),
         }
 
 
 def _names(teacher: Chunk | None, targets: Tensor | None, wanted: frozenset[str]) -> list[str]:
-    names = ["max", "sum"]
-    names += ["target"] if targets is not None else []
-    names += ["first"] if "entropy" in wanted else []
-    names += ["square"] if "collision" in wanted else []
-    names += ["weighted", "mass"] if "weighted" in wanted else []
-    names += ["argmax"] if "argmax" in wanted else []
-    if teacher is not None:
-        names += ["teacher_max", "teacher_sum"]
-        names += ["forward", "reverse"] if "moments" in wanted else []
-    return names
+    return accumulator_names(teacher is not None, targets, wanted) + ["argmax"] * ("argmax" in wanted)
 
 
 def statistics(
@@ -176,7 +141,7 @@ def generic(
     """(sum_j f_j, sum_j h_j) per row, float64; of a log-sum (L, b)."""
     call = _Call(student, teacher)
     found, addresses = call.sums([(0, "value"), (0, "slope")])
-    call.normalizers(normalizers)
+    call.arguments["normalizers"] = call.normalizers(normalizers)
     call.terms([(row_sum, parameters, None)], addresses)
     _kernels.generic(**call.arguments)
     return found[0, "value"], found[0, "slope"]
@@ -190,8 +155,8 @@ def gradient(
     out: Tensor,
 ) -> None:
     call = _Call(student, teacher)
-    call.normalizers(normalizers)
-    call.combination(combination, out)
+    call.arguments["normalizers"] = call.normalizers(normalizers)
+    call.emit(combination, out)
     call.terms(combination.generic, {})
     _kernels.gradient(**call.arguments)
 
@@ -215,7 +180,7 @@ def fused(
     if combination.generic:
         sums, addresses = call.sums([(k, name) for k in range(len(combination.generic)) for name in ("value", "slope")])
         call.terms(combination.generic, addresses)
-    call.combination(combination, out)
+    call.emit(combination, out)
     call.arguments["weight_vector"] = call.arguments["weights"]
     _kernels.fused(**call.arguments)
     return {name: found[name] for name in names} | sums

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from logitless.backends import BASIS, Chunk, Combination, Factors, Normalizers, tuning
+from logitless.backends import BASIS, Chunk, Combination, Factors, Normalizers, accumulator_names, tuning
 from logitless.divergences import RowSum
 
 NAME = "triton"
@@ -156,14 +156,7 @@ def _statistics(student, teacher, targets, weights, wanted) -> tuple[list[str], 
 
 def _accumulators(rows: int, parts: int, pair: bool, targets, wanted, device):
     """(names of the fields, accumulators [F, parts, rows], argmax [parts, rows] or None)."""
-    names = ["max", "sum"]
-    names += ["target"] if targets is not None else []
-    names += ["first"] if "entropy" in wanted else []
-    names += ["square"] if "collision" in wanted else []
-    names += ["weighted", "mass"] if "weighted" in wanted else []
-    if pair:
-        names += ["teacher_max", "teacher_sum"]
-        names += ["forward", "reverse"] if "moments" in wanted else []
+    names = accumulator_names(pair, targets, wanted)
     accumulators = torch.empty(len(names), parts, rows, dtype=torch.float64, device=device)
     argmax = torch.empty(parts, rows, dtype=torch.int64, device=device) if "argmax" in wanted else None
     return names, accumulators, argmax

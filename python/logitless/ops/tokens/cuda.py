@@ -21,6 +21,7 @@ from torch import Tensor
 
 from logitless.backends import cuda
 from logitless.backends.cuda import supports  # noqa: F401 (the same inputs are)
+from logitless.ops.tokens.kernels import Call
 from logitless.ops.tokens.recipe import Recipe
 
 _SPREADING = ("sequence-mean", "sequence-sum", "geometric")  # levels whose ratio's derivative runs back through a sum
@@ -47,18 +48,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def forward(
-    recipe: Recipe,
-    inputs: tuple[Tensor, ...],
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    denominator: Tensor | None,
-    wanted: bool,
-) -> tuple[Tensor, State | None]:
-    device, size = inputs[0].device, inputs[0].numel()
+def forward(call: Call, wanted: bool) -> tuple[Tensor, State | None]:
+    recipe, device, size = call.recipe, call.inputs[0].device, call.inputs[0].numel()
     new = functools.partial(torch.empty, device=device)
     compiled, queue = _compiled(cuda._kernels.TokenRecipe, recipe), cuda._queue(device)
-    sizes = {"tokens": size, "sequences": 0 if offsets is None else offsets.numel() - 1}
+    sizes = {"tokens": size, "sequences": call.sequences}
     results = new(len(recipe.results), dtype=torch.float64)
     slopes = new(len(recipe.gradients), size, dtype=torch.float32) if wanted else None
     through = new(size, dtype=torch.bool) if wanted and recipe.ratio.level in _SPREADING else None
@@ -69,17 +63,17 @@ def forward(
         compiled,
         **queue,
         **sizes,
-        inputs=[(x.data_ptr(), x.dim() == 2) for x in inputs],
-        mask=_address(mask),
-        offsets=_address(offsets),
-        denominator=_address(denominator),
+        inputs=[(x.data_ptr(), x.dim() == 2) for x in call.inputs],
+        mask=_address(call.mask),
+        offsets=_address(call.offsets),
+        denominator=_address(call.denominator),
         results=results.data_ptr(),
         slopes=_address(slopes),
         through=_address(through),
         workspace=workspace.data_ptr(),
         ticket=ticket.data_ptr(),
     )
-    return results, (results, slopes, through, workspace, offsets) if wanted else None
+    return results, (results, slopes, through, workspace, call.offsets) if wanted else None
 
 
 def backward(recipe: Recipe, state: State, upstream: Tensor) -> tuple[Tensor, ...]:

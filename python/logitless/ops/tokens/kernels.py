@@ -8,6 +8,7 @@ objective's own torch expression does.
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,27 +19,33 @@ from logitless import backends
 from logitless.ops.tokens.recipe import Recipe
 
 
-class TokenKernels(Protocol):
-    def forward(
-        self,
-        recipe: Recipe,
-        inputs: tuple[Tensor, ...],
-        mask: Tensor | None,
-        offsets: Tensor | None,
-        denominator: Tensor | None,
-        wanted: bool,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Results, float64 [len(recipe.results)], and the tensors that :meth:`backward` needs (None unless ``wanted``).
+@dataclass(frozen=True)
+class Call:
+    """Sequence i is offsets[i] : offsets[i + 1]; tokens after the last do not count, nor do those outside the mask."""
 
-        Args:
-            recipe: what to compute.
-            inputs: by slot; float32, contiguous, [T] per token or, where there are ``offsets``, [B, 1] per sequence.
-            mask: [T] bool, or None: all count.
-            offsets: [B + 1] int64, sequence i is offsets[i] : offsets[i + 1]; tokens after the last do not count.
-                None: there are no sequences.
-            denominator: 0-d float32, for ``recipe.denominator == "given"``.
-            wanted: whether derivatives are.
-        """
+    recipe: Recipe
+    inputs: tuple[Tensor, ...]  # by slot; float32, contiguous, [T] per token or, with offsets, [B, 1] per sequence
+    mask: Tensor | None  # [T] bool
+    offsets: Tensor | None  # [B + 1] int64
+    denominator: Tensor | None  # 0-d float32, for recipe.denominator == "given"
+
+    @property
+    def sequences(self) -> int:
+        return 0 if self.offsets is None else self.offsets.numel() - 1
+
+    @property
+    def per_sequence(self) -> tuple[bool, ...]:
+        return tuple(x.dim() == 2 for x in self.inputs)
+
+    @property
+    def needs_offsets(self) -> bool:
+        """Whether it matters where sequences begin, and not only where the last one ends."""
+        return self.recipe.needs_offsets or any(self.per_sequence)
+
+
+class TokenKernels(Protocol):
+    def forward(self, call: Call, wanted: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Results, float64 [len(recipe.results)]; if derivatives are ``wanted``, the tensors that backward needs."""
 
     def backward(self, recipe: Recipe, state: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
         """``upstream`` (0-d float32) times the derivatives, [T] float32 each, one per slot of ``recipe.gradients``.
@@ -79,17 +86,17 @@ def run(
     wanted = torch.is_grad_enabled() and any(inputs[slot].requires_grad for slot in recipe.gradients)
     if denominator is not None:
         denominator = denominator.to(inputs[0].device, torch.float32)
-    inputs = [(x if k in recipe.gradients else x.detach()).float().contiguous() for k, x in enumerate(inputs)]
+    inputs = tuple((x if k in recipe.gradients else x.detach()).float().contiguous() for k, x in enumerate(inputs))
     mask, offsets = [None if x is None else x.contiguous() for x in (mask, offsets)]
-    return _Loss.apply(kernels, recipe, mask, offsets, denominator, wanted, *inputs)
+    return _Loss.apply(kernels, Call(recipe, inputs, mask, offsets, denominator), wanted, *inputs)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels: TokenKernels, recipe: Recipe, mask, offsets, denominator, wanted: bool, *inputs: Tensor):
-        results, state = kernels.forward(recipe, inputs, mask, offsets, denominator, wanted)
+    def forward(ctx, kernels: TokenKernels, call: Call, wanted: bool, *inputs: Tensor):
+        results, state = kernels.forward(call, wanted)
         if wanted:
-            ctx.kernels, ctx.recipe, ctx.inputs = kernels, recipe, len(inputs)
+            ctx.kernels, ctx.recipe, ctx.inputs = kernels, call.recipe, len(inputs)
             ctx.save_for_backward(*state)
         ctx.mark_non_differentiable(results)
         return results[0].float(), results
@@ -101,4 +108,4 @@ class _Loss(torch.autograd.Function):
         gradients = ctx.kernels.backward(ctx.recipe, ctx.saved_tensors, upstream)
         for slot, gradient in zip(ctx.recipe.gradients, gradients, strict=True):
             found[slot] = gradient
-        return (None,) * 6 + tuple(found)
+        return None, None, None, *found

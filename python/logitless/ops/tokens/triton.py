@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from logitless.backends import triton as backend
+from logitless.ops.tokens.kernels import Call
 from logitless.ops.tokens.recipe import ABSENT, FACTORS, OVER, PENALTIES, Recipe
 
 if backend.PROBLEM is None:
@@ -40,20 +41,13 @@ class State(NamedTuple):
     offsets: Tensor | None
 
 
-def forward(
-    recipe: Recipe,
-    inputs: tuple[Tensor, ...],
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    denominator: Tensor | None,
-    wanted: bool,
-) -> tuple[Tensor, State | None]:
-    lp = inputs[0]
+def forward(call: Call, wanted: bool) -> tuple[Tensor, State | None]:
+    recipe, offsets, lp = call.recipe, call.offsets, call.inputs[0]
     device, tokens = lp.device, lp.numel()
     description = described(recipe)
     gradients = recipe.gradients if wanted else ()
     spread = 0 in gradients and recipe.ratio.level in SPREADING
-    by_sequence = offsets is not None and (recipe.needs_offsets or any(x.dim() == 2 for x in inputs))
+    by_sequence = offsets is not None and call.needs_offsets
     grid = _parts(tokens, offsets if by_sequence else None, device)
     sizes = _sizes(grid, offsets)
     fields, quantities, sums_first = (
@@ -69,17 +63,14 @@ def forward(
     of_ratio = sums[-1] if spread else None
     results = torch.empty(len(recipe.results), dtype=torch.float64, device=device)
     counter = torch.empty(1, dtype=torch.int32, device=device) if sums_first else _counter(device)
-    shared = [inputs, _given(mask, lp), _given(offsets, lp), description.numbers, sums]
-    options = description.shared | {
-        "PER_SEQUENCE": tuple(x.dim() == 2 for x in inputs),
-        "MASK": mask is not None,
-    }
+    shared = [call.inputs, _given(call.mask, lp), _given(offsets, lp), description.numbers, sums]
+    options = description.shared | {"PER_SEQUENCE": call.per_sequence, "MASK": call.mask is not None}
     with backend.on(device):
         if sums_first:
             kernels.sequence_sums[(grid.parts,)](*shared, counter, *sizes, **options, **_options(grid))
         kernels.evaluate[(programs,)](
             *shared,
-            _given(denominator, lp),
+            _given(call.denominator, lp),
             slopes,
             _given(share, lp),
             _given(of_ratio, lp),
