@@ -645,6 +645,14 @@ def test_long_sequences_in_float32() -> None:
     close(ratio.metrics["ratio_max"], exp(lp.double().mean(1)).max(), rtol=3e-7)
 
 
+def test_parts_that_may_hold_tensors_are_equal_to_themselves_alone() -> None:
+    may_hold = ((policy.TopEntropy, "threshold"), (policy.ClipCovariance, "share"), (policy.PositiveNLL, "share"))
+    for make, name in may_hold:
+        one = make(**{name: 0.2})
+        assert one == one and one != make(**{name: 0.3})
+    assert policy.KL(0.1) == policy.KL(0.1) != policy.KL(0.2)
+
+
 def test_names_that_occur_again(batch: dict) -> None:
     two = (policy.KL(0.1, "k2"), policy.KL(0.2, "k3"), policy.KL(0.3, "k1", "teacher_logprob"))
     result, _ = evaluate(policy.gpg(penalties=two), batch)

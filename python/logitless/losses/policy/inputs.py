@@ -112,7 +112,7 @@ class Slots:
         return len(self.inputs) - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """A piece of an objective: options, and a pure function of :class:`Tokens`.
 

@@ -18,7 +18,7 @@ from logitless.losses.policy.selection import Selection
 from logitless.ops.tokens import recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Penalty(Part):
     """``coef * value`` is added to the loss of every token; ``result.terms[name]`` has the value without it."""
 

@@ -16,7 +16,7 @@ from logitless.losses.policy.inputs import Part, Slots, Tokens
 from logitless.ops.tokens import recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection(Part):
     def keep(self, tokens: Tokens) -> Tensor:
         """[T] bool."""
