@@ -50,10 +50,11 @@ from benchmarks.cases import (
 )
 from benchmarks.environment import ROOT, gpu_environment, result_path
 from logitless import backends
-from logitless.backends import Chunk, Combination, Normalizers, dispatch
+from logitless.backends import Chunk, Combination, Normalizers, dispatch, triton
 from logitless.divergences import SUMS
 from logitless.engine import plan as planning
 from logitless.ops.sinkhorn import kernels as sinkhorn_kernels
+from logitless.ops.sinkhorn import torch_kernels
 from logitless.ops.tokens import kernels as token_kernels
 
 PARTS = ("tests", "sizes", "sanitizer", "losses", "rows", "tokens", "sinkhorn", "host")
@@ -363,9 +364,10 @@ def measure_tokens(name: str, tokens: int, length: int, device: torch.device, ro
     recipe, inputs, denominator = objective.recipe(prepared, None)
     offsets = prepared.segments.offsets if recipe.needs_offsets else None
     kernels, upstream = token_kernels.select(device, torch.float32), torch.ones((), device=device)
+    call = token_kernels.Call(recipe, tuple(inputs), prepared.given_mask, offsets, denominator)
 
     def run() -> None:
-        _, state = kernels.forward(recipe, tuple(inputs), prepared.given_mask, offsets, denominator, True)
+        _, state = kernels.forward(call, True)
         kernels.backward(recipe, state, upstream)
 
     moved = tokens * (4 * len(inputs) + 1 + 4)
@@ -404,12 +406,30 @@ def sinkhorn_runs(device: torch.device, quick: bool) -> dict[str, tuple[Callable
     cost, stored, c = (torch.rand(shape, device=device) for shape in ((problems, 64, 64), (1, side, side), (1, side)))
 
     def sinkd() -> tuple[Tensor, ...]:
-        described = [ll.DenseLogits(x, temperature=2.0) for x in (student, teacher)]
-        found = ll.sinkhorn(ll.ProbabilityCost(*described), epsilon=0.1, iterations=iterations)
-        return torch.autograd.grad(found.transport_cost, student)
+        loss = ll.transport.sinkd(*map(ll.DenseLogits, (student, teacher)), iterations=iterations)
+        return torch.autograd.grad(loss, student)
 
     def half(of: Tensor) -> Callable[[], Tensor]:
         return lambda: kernels.half_iteration(sinkhorn_kernels.Dense(of), c, 0.1)
+
+    def whole() -> tuple[Tensor, ...]:
+        of = sinkhorn_kernels.Dense(stored)
+        if kernels.iterates(of):
+            return kernels.iteration(of, c, c, 1.0, 0.1)
+        return kernels.half_iteration(of, c, 0.1), kernels.half_iteration(of.mT, c, 0.1)
+
+    def between(depth: int) -> dict[str, tuple[Callable[[], object], int, float | None]]:
+        """Both ways of reading costs between points, to know from which depth on blocks are faster."""
+        name = f"half-iteration of {side} x {side} points, d = {depth}"
+        x, y = (torch.randn(1, side, depth, device=device) for _ in range(2))
+        points = sinkhorn_kernels.Points(x, y, "sqeuclidean")
+        of_stored, moved = kernels.half_iteration, 2 * 4 * side * depth
+        ways = {f"{name}, blocks": lambda: torch_kernels.half_iteration_in_blocks(of_stored, points, c, 10.0)}
+        if triton.PROBLEM is None and triton.supports(device, torch.float32):
+            from logitless.ops.sinkhorn import triton_kernels
+
+            ways[f"{name}, formed where read"] = lambda: triton_kernels.formed(points, c, 10.0)
+        return {name: (way, moved, None) for name, way in ways.items()}
 
     many, both, one = f"{matrices} of 4 x 4, {iterations} iterations", 2 * 4 * 16 * columns, 4 * side**2
     return {
@@ -431,6 +451,8 @@ def sinkhorn_runs(device: torch.device, quick: bool) -> dict[str, tuple[Callable
         ),
         f"half-iteration over rows, {side} x {side}": (half(stored), one, None),
         f"half-iteration over columns, {side} x {side}": (half(stored.mT), one, None),
+        f"iteration, {side} x {side}": (whole, one, 428.0),  # 75% of 3.35 TB/s
+        **{name: way for depth in (3, 16, 64, 256) for name, way in between(depth).items()},
     }
 
 

@@ -124,10 +124,7 @@ def two_logits(quick: bool) -> Tensors:
 
 
 def sinkd(x: Tensors) -> Tensor:
-    student, teacher = (ll.DenseLogits(x[name], temperature=2.0) for name in ("student", "teacher"))
-    ones = torch.ones(len(x["student"]))
-    cost = ll.ProbabilityCost(student, teacher)
-    return 0.001 * ll.sinkhorn(cost, ones, ones, epsilon=0.1, iterations=20).transport_cost
+    return ll.transport.sinkd(ll.DenseLogits(x["student"]), ll.DenseLogits(x["teacher"]))
 
 
 def costs(quick: bool) -> Tensors:

@@ -10,8 +10,6 @@
 // S and T (log: S and t) and which of both it was: from that and the start every segment, and every softmax in it, can
 // be had again.
 
-#include "sinkhorn.h"
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -22,6 +20,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "copies.h"
 #include "cpu/parallel.h"
 #include "cpu/sinkhorn.h"
 
@@ -31,7 +30,7 @@ namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-const Kernels* kernels = &copies::baseline;
+constexpr InUse<Kernels> kernels;
 
 // Floats that start on a cache line.
 class Floats {
@@ -75,8 +74,10 @@ struct History {  // [problems, limit, n + m], [problems, limit], [problems]; nu
     bool* logs;
     std::int64_t* returned;
 
-    float* at(std::int64_t problem, std::int64_t k, const Schedule& schedule, const Costs& costs) const {
-        return sums + (problem * schedule.limit + k) * (costs.rows + costs.columns);
+    History of(std::int64_t problem, const Schedule& schedule, const Costs& costs) const {
+        if (!sums) return *this;
+        const std::int64_t k = problem * schedule.limit;
+        return {sums + k * (costs.rows + costs.columns), logs + k, returned + problem};
     }
 };
 
@@ -97,6 +98,11 @@ struct Outputs {
 struct Cotangents {
     const float *f, *g;
     float *cost, *a, *b;  // cost null if not wanted
+    bool adds;            // to the cost's gradient
+};
+
+struct Transport {  // [problems], and its gradients: null if not wanted
+    float *value, *cost, *a, *b;
 };
 
 // One problem and its scratch.
@@ -114,7 +120,88 @@ public:
             *vector = memory.take(m);
     }
 
-    void solve(std::int64_t problem, const Outputs& out) {
+    void run(std::int64_t problem, const Outputs& out) {
+        const Ended ended = solve(problem, in.history.of(problem, in.schedule, in.costs));
+        out.iterations[problem] = ended.iterations;
+        out.stopped[problem] = ended.stopped;
+        std::copy_n(f, rows, out.f + problem * rows);
+        std::copy_n(g, columns, out.g + problem * columns);
+        std::copy_n(w.x, rows, out.rows + problem * rows);
+        for (std::int64_t j = 0; j < columns; ++j) out.reached[problem * columns + j] = w.reached[j] != 0;
+    }
+
+    void run_backward(std::int64_t problem, const Cotangents& all) {
+        const std::int64_t i = problem * rows, j = problem * columns;
+        back(problem, in.history.of(problem, in.schedule, in.costs),
+             {all.f + i, all.g + j, all.cost ? all.cost + i * columns : nullptr, all.a + i, all.b + j, false});
+    }
+
+    // With W the plan over its column sums, a softmax down columns of f alone, and k_j = sum_i W_ij C_ij,
+    //
+    //     <P, C> = sum_j columns_j k_j     x_i = sum_j P_ij (C_ij - k_j)     y_j = columns_j k_j
+    //
+    // and the gradient is x in log a, x / epsilon in f, y in log b, -y / rho_b in g, P (1 - (C - k_j) / epsilon) in C:
+    // what all costs have in common is in none of the sums.
+    void transport(std::int64_t problem, const Transport& out) {
+        const bool wanted = out.cost || out.a;
+        const std::int64_t limit = wanted ? in.schedule.limit : 0;
+        Floats more(3 * n + 4 * m + limit * (rows + columns));
+        float *x = more.take(n), *of_f = more.take(n), *of_a = more.take(n);
+        float *k = more.take(m), *y = more.take(m), *of_g = more.take(m), *of_b = more.take(m);
+        const std::unique_ptr<bool[]> logs(new bool[limit]);
+        std::int64_t returned = 0;
+        History history = {};
+        if (wanted) history = {more.take(limit * (rows + columns)), logs.get(), &returned};
+        solve(problem, history);
+
+        least_costs(k);  // sums of what is above those lose no digits
+        Plan call = plan_of_potentials();
+        std::fill_n(of_f, rows, 1.0f);
+        call.power = 1;
+        call.origin = k;
+        call.down = call.left = of_f;
+        call.column_sums = w.partial;
+        each(pieces(rows), [&](auto begin, auto end) { kernels->plan(call, begin, end); });
+        double value = 0;
+        for (std::int64_t j = 0; j < columns; ++j) {
+            for (std::int64_t part = 0; part < pieces(rows); ++part) k[j] += w.partial[part * m + j];
+            y[j] = w.p[j] * k[j];
+            value += y[j];
+        }
+        out.value[problem] = static_cast<float>(value);
+        if (!wanted) return;
+
+        call.column_sums = nullptr;
+        call.across = call.right = w.p;
+        call.row_sums = x;
+        call.E_slope = 1;
+        call.EC_slope = -w.inverse;
+        call.gradient = out.cost ? out.cost + problem * rows * columns : nullptr;
+        each(pieces(rows), [&](auto begin, auto end) { kernels->plan(call, begin, end); });
+        for (std::int64_t i = 0; i < rows; ++i) of_f[i] = x[i] * w.inverse;
+        for (std::int64_t j = 0; j < columns; ++j) of_g[j] = w.b.balanced ? 0 : -y[j] / w.b.rho;
+        back(problem, history, {of_f, of_g, call.gradient, of_a, of_b, true});
+        if (!out.a) return;
+        for (std::int64_t i = 0; i < rows; ++i)
+            out.a[problem * rows + i] = w.weights_a[i] > 0 ? of_a[i] + x[i] / w.weights_a[i] : 0;
+        for (std::int64_t j = 0; j < columns; ++j)
+            out.b[problem * columns + j] = w.weights_b[j] > 0 ? of_b[j] + y[j] / w.weights_b[j] : 0;
+    }
+
+private:
+    const Inputs& in;
+    const std::int64_t rows, columns, n, m;
+    Floats memory;
+    Work w = {};
+    float *f, *g, *t, *best_S, *best_v;
+
+    struct Ended {
+        std::int64_t iterations;
+        bool stopped;
+    };
+
+    // To f, g, w.x (row sums) and w.reached.
+    Ended solve(std::int64_t problem, const History& history) {
         const Schedule& schedule = in.schedule;
         const bool judged = schedule.tolerance.has_value();
         open(problem);
@@ -129,7 +216,7 @@ public:
             }
             held = false;
         };
-        out.stopped[problem] = false;
+        bool stops = false;
         for (; k < schedule.limit; ++k) {
             if (!absorbed) absorb(schedule.at(k));
             iterate();
@@ -140,11 +227,11 @@ public:
                 let_go();
                 residual = log_columns(judged);
             }
-            remember(problem, k, scaled);
+            remember(history, k, scaled);
             residual += unreached;
             if (std::isnan(residual)) residual = std::numeric_limits<double>::infinity();
             const bool last = k + 1 == schedule.limit;
-            const bool stops = judged && k >= schedule.fixed() && residual <= *schedule.tolerance;
+            stops = judged && k >= schedule.fixed() && residual <= *schedule.tolerance;
             if (judged ? residual <= least || k <= schedule.fixed() : last) {
                 least = residual;
                 returned = k;
@@ -157,13 +244,11 @@ public:
                     std::memcpy(g, w.next, m * sizeof(float));
                 }
             }
-            if (stops) out.stopped[problem] = true;
             if (stops || last) break;
             std::swap(scaled ? w.v : w.g, w.next);
             absorbed = scaled;
         }
-        out.iterations[problem] = k + 1;
-        if (in.history.returned) in.history.returned[problem] = returned;
+        if (history.returned) *history.returned = returned;
         if (held) {
             std::swap(w.S, best_S);
             std::swap(w.v, best_v);
@@ -171,26 +256,25 @@ public:
             kernels->column_potentials(w, w.v, g);
             each(n / lanes, [&](auto begin, auto end) { kernels->row_sums(w, begin * lanes, end * lanes, w.x); });
         } else {
-            sums_of_potentials();
+            Plan call = plan_of_potentials();
+            call.across = w.p;
+            call.row_sums = w.x;
+            each(pieces(rows), [&](auto begin, auto end) { kernels->plan(call, begin, end); });
         }
-        std::copy_n(f, rows, out.f + problem * rows);
-        std::copy_n(g, columns, out.g + problem * columns);
-        std::copy_n(w.x, rows, out.rows + problem * rows);
-        for (std::int64_t j = 0; j < columns; ++j) out.reached[problem * columns + j] = w.reached[j] != 0;
+        return {k + 1, stops};
     }
 
-    void back(std::int64_t problem, const Cotangents& of) {
+    void back(std::int64_t problem, const History& history, const Cotangents& of) {
         constexpr std::int64_t together = 64;  // factors of rows and columns that wait for their product
         const Schedule& schedule = in.schedule;
-        const bool* logs = in.history.logs + problem * schedule.limit;
         Floats more(together * (n + m) + 3 * n + 2 * m);
         float *us = more.take(together * n), *vs = more.take(together * m), *unused = more.take(n);
         float *of_f = more.take(n), *log_a = more.take(n), *log_b = more.take(m), *of_g = more.take(m);
         open(problem);
         std::fill_n(log_a, n, 0.0f);
         std::fill_n(log_b, m, 0.0f);
-        spread(of.f + problem * rows, rows, n, of_f);
-        spread(of.g + problem * columns, columns, m, of_g);
+        spread(of.f, rows, n, of_f);
+        spread(of.g, columns, m, of_g);
         const float size = std::max(largest(of_f, n), largest(of_g, m));
         const bool ordinary = size < 0x1p30f && size > 0x1p-60f;  // else quotients of it could overflow, or vanish
         const float unit = ordinary || !(size > 0 && size < infinity)
@@ -201,8 +285,9 @@ public:
         };
         times(1 / unit, n, of_f);
         times(1 / unit, m, of_g);
-        float* gradient = of.cost ? of.cost + problem * rows * columns : nullptr;
-        bool first = true;
+        float* const gradient = of.cost;
+        if (gradient && of.adds) times(1 / unit, rows * columns, gradient);
+        bool first = !of.adds;
         std::int64_t waiting = 0, start = schedule.limit;
         const auto add = [&] {
             if (gradient)
@@ -212,16 +297,16 @@ public:
             first = false;
             waiting = 0;
         };
-        const std::int64_t returned = in.history.returned[problem];
+        const auto kept_at = [&](std::int64_t k) { return history.sums + k * (rows + columns); };
+        const std::int64_t returned = *history.returned;
         float *const own_v = w.v, *const own_p = w.p;
         for (std::int64_t k = returned; k >= 0; --k) {
-            const float* kept = in.history.at(problem, k, schedule, in.costs);
+            const float* kept = kept_at(k);
             if (k < start) {
                 if (waiting) add();
-                for (start = k; start > 0 && !logs[start - 1]; --start) {}
+                for (start = k; start > 0 && !history.logs[start - 1]; --start) {}
                 if (start > 0) {
-                    const float* before = in.history.at(problem, start - 1, schedule, in.costs);
-                    column_potentials(before + rows, side(schedule.rhos[1], schedule.at(start - 1)).damping, w.g);
+                    column_potentials(kept_at(start - 1) + rows, side(schedule.rhos[1], schedule.at(start - 1)).damping, w.g);
                 } else {
                     spread(in.g + problem * columns, columns, m, w.g);
                 }
@@ -230,7 +315,7 @@ public:
             spread(kept, rows, n, w.S);
             w.v = vs + (waiting + 1) * m;
             w.p = vs + waiting * m;
-            const bool log = logs[k];
+            const bool log = history.logs[k];
             if (log) {
                 if (gradient && first) std::fill_n(gradient, rows * columns, 0.0f);
                 first = false;
@@ -250,7 +335,7 @@ public:
             if (k == start) {
                 std::fill_n(w.v, m, 1.0f);
             } else {
-                spread(in.history.at(problem, k - 1, schedule, in.costs) + rows, columns, m, w.T);
+                spread(kept_at(k - 1) + rows, columns, m, w.T);
                 kernels->factors(w);
             }
             const Backward call = {w, k == returned ? of_f : nullptr, log, log_a, log_b,
@@ -269,17 +354,10 @@ public:
         times(unit, n, log_a);
         times(unit, m, log_b);
         for (std::int64_t i = 0; i < rows; ++i)
-            of.a[problem * rows + i] = w.weights_a[i] > 0 ? log_a[i] / w.weights_a[i] : 0;
+            of.a[i] = w.weights_a[i] > 0 ? log_a[i] / w.weights_a[i] : 0;
         for (std::int64_t j = 0; j < columns; ++j)
-            of.b[problem * columns + j] = w.weights_b[j] > 0 ? log_b[j] / w.weights_b[j] : 0;
+            of.b[j] = w.weights_b[j] > 0 ? log_b[j] / w.weights_b[j] : 0;
     }
-
-private:
-    const Inputs& in;
-    const std::int64_t rows, columns, n, m;
-    Floats memory;
-    Work w = {};
-    float *f, *g, *t, *best_S, *best_v;
 
     template <class Body>
     void each(std::int64_t count, const Body& body) const {
@@ -368,16 +446,29 @@ private:
         std::fill(to + columns, to + m, 0.0f);
     }
 
-    void remember(std::int64_t problem, std::int64_t k, bool scaled) const {
-        if (!in.history.sums) return;
-        float* to = in.history.at(problem, k, in.schedule, in.costs);
+    void remember(const History& history, std::int64_t k, bool scaled) const {
+        if (!history.sums) return;
+        float* to = history.sums + k * (rows + columns);
         std::copy_n(w.S, rows, to);
         std::copy_n(scaled ? w.T : t, columns, to + rows);
-        in.history.logs[problem * in.schedule.limit + k] = !scaled;
+        history.logs[k] = !scaled;
     }
 
-    // Row sums of the plan of f and g, whose columns are met: exponents below 0, as Problem.factors has them.
-    void sums_of_potentials() {
+    // Of every column, in rows that have weight; 0 where all are infinite.
+    void least_costs(float* least) const {
+        constexpr std::int64_t block = 1024;
+        each((columns + block - 1) / block, [&](auto first, auto last) {
+            const std::int64_t begin = first * block, end = std::min(last * block, columns);
+            std::fill(least + begin, least + end, infinity);
+            for (std::int64_t i = 0; i < rows; ++i)
+                for (std::int64_t j = begin; w.weights_a[i] > 0 && j < end; ++j)
+                    least[j] = std::min(least[j], w.cost.at[i * w.cost.stride + j]);
+            std::replace(least + begin, least + end, infinity, 0.0f);
+        });
+    }
+
+    // The plan of f and g over its column sums, and those, to p: met, and exponents below 0, as Problem.factors has it.
+    Plan plan_of_potentials() {
         kernels->weighted(f, w.weights_a, w.epsilon, n, w.r);
         for (std::int64_t j = 0; j < columns; ++j) {
             const bool live = w.weights_b[j] > 0;
@@ -391,9 +482,7 @@ private:
         call.c = w.c;
         call.inverse = w.inverse;
         call.count = 1;
-        call.across = w.p;
-        call.row_sums = w.x;
-        each(pieces(rows), [&](auto begin, auto end) { kernels->plan(call, begin, end); });
+        return call;
     }
 };
 
@@ -440,7 +529,7 @@ void run(const CostArgument& cost, Address a, Address b, Address g, const Schedu
                              pointer<bool>(out, "reached"), pointer<bool>(out, "stopped"),
                              pointer<std::int64_t>(out, "iterations")};
     const py::gil_scoped_release unlocked;
-    each_problem(in, threads, [&](Solver& solver, std::int64_t i) { solver.solve(i, outputs); });
+    each_problem(in, threads, [&](Solver& solver, std::int64_t i) { solver.run(i, outputs); });
 }
 
 void run_backward(const CostArgument& cost, Address a, Address b, Address g, const ScheduleArgument& schedule,
@@ -449,9 +538,19 @@ void run_backward(const CostArgument& cost, Address a, Address b, Address g, con
     Inputs in = {costs(cost), pointer<const float>(a), pointer<const float>(b), pointer<const float>(g),
                  schedule_of(schedule), history_of(history), 1};
     const Cotangents of = {pointer<const float>(of_f), pointer<const float>(of_g), pointer<float>(of_cost),
-                           pointer<float>(of_a), pointer<float>(of_b)};
+                           pointer<float>(of_a), pointer<float>(of_b), false};
     const py::gil_scoped_release unlocked;
-    each_problem(in, threads, [&](Solver& solver, std::int64_t i) { solver.back(i, of); });
+    each_problem(in, threads, [&](Solver& solver, std::int64_t i) { solver.run_backward(i, of); });
+}
+
+void transport(const CostArgument& cost, Address a, Address b, Address g, const ScheduleArgument& schedule,
+               const Addresses& results, int threads) {
+    Inputs in = {costs(cost), pointer<const float>(a), pointer<const float>(b), pointer<const float>(g),
+                 schedule_of(schedule), {}, 1};
+    const Transport out = {pointer<float>(results, "value"), pointer<float>(results, "of_cost"),
+                           pointer<float>(results, "of_a"), pointer<float>(results, "of_b")};
+    const py::gil_scoped_release unlocked;
+    each_problem(in, threads, [&](Solver& solver, std::int64_t i) { solver.transport(i, out); });
 }
 
 // body(problem, begin, end) for some of the things, `step` at a time, of every problem.
@@ -499,7 +598,7 @@ void plan(const CostArgument& cost, Address r, Address c, double epsilon, int po
                          sums ? partial.get() + i * parts * count * wide : nullptr,
                          static_cast<float>(slopes.first), static_cast<float>(slopes.second),
                          get("left", i, rows * count), get("right", i, count * columns),
-                         get("gradient", i, rows * columns)});
+                         get("gradient", i, rows * columns), nullptr});
     const py::gil_scoped_release unlocked;
     each_block(all.problems, parts, 1, std::min(piece, rows) * columns, threads,
                [&](std::int64_t i, std::int64_t begin, std::int64_t end) { kernels->plan(calls[i], begin, end); });
@@ -540,21 +639,14 @@ void signs(Address gradient, Address x, Address y, const Sizes& sizes, Address o
 
 }  // namespace
 
-void use(const char* copy) {
-    for (const Kernels* found : {
-#if defined(__x86_64__)
-             &copies::avx512, &copies::avx2,
-#endif
-             &copies::baseline})
-        if (std::strcmp(found->name, copy) == 0) kernels = found;
-}
-
 void bind(py::module_ module) {
     module.def("run", &run, py::arg("cost"), py::arg("a"), py::arg("b"), py::arg("g"), py::arg("schedule"),
                py::kw_only(), py::arg("history"), py::arg("out"), py::arg("threads"));
     module.def("run_backward", &run_backward, py::arg("cost"), py::arg("a"), py::arg("b"), py::arg("g"),
                py::arg("schedule"), py::kw_only(), py::arg("history"), py::arg("of_f"), py::arg("of_g"),
                py::arg("of_cost"), py::arg("of_a"), py::arg("of_b"), py::arg("threads"));
+    module.def("transport", &transport, py::arg("cost"), py::arg("a"), py::arg("b"), py::arg("g"), py::arg("schedule"),
+               py::kw_only(), py::arg("out"), py::arg("threads"));
     module.def("softmin", &softmin, py::arg("cost"), py::arg("c"), py::arg("epsilon"), py::kw_only(), py::arg("down"),
                py::arg("top"), py::arg("total"), py::arg("threads"));
     module.def("pairs", &pairs, py::arg("x"), py::arg("y"), py::arg("sizes"), py::kw_only(), py::arg("euclidean"),

@@ -1,11 +1,11 @@
-#include "transport.h"
+// The bindings of the L1 cost and of doubly stochastic matrices on a CPU.
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <utility>
 
 #include "bindings.h"
+#include "copies.h"
 #include "cpu/parallel.h"
 #include "cpu/transport.h"
 
@@ -13,8 +13,7 @@ namespace logitless {
 namespace transport {
 namespace {
 
-const L1Kernels* l1_kernels = &l1::baseline;
-const DoublyStochasticKernels* doubly_stochastic_kernels = &doubly_stochastic::baseline;
+constexpr InUse<L1Kernels> l1_kernels;
 
 using Strides = std::array<std::int64_t, 3>;
 
@@ -64,33 +63,17 @@ void l1_backward(std::int64_t problems, std::int64_t columns, const Probabilitie
 
 void make_doubly_stochastic(std::int64_t count, int n, int iterations, const std::string& dialect, Address logits,
                             Address upstream, Address out, Address residual, int threads) {
-    const DoublyStochasticKernels& copy = *doubly_stochastic_kernels;
+    constexpr InUse<DoublyStochasticKernels> kernels;
     const DoublyStochastic call = {
-        n, copy.dialect(dialect.c_str()), iterations, pointer<const float>(logits), pointer<const float>(upstream),
-        pointer<float>(out), pointer<float>(residual)};
-    if (call.dialect < 0) throw std::invalid_argument("no dialect '" + dialect + "'");
-    const auto kernel = upstream ? copy.backward : copy.forward;
+        n, iterations, number<Dialect>(dialect_names, dialect), pointer<const float>(logits),
+        pointer<const float>(upstream), pointer<float>(out), pointer<float>(residual)};
+    const auto kernel = upstream ? kernels->backward : kernels->forward;
     const py::gil_scoped_release unlocked;
     parallel(count, static_cast<std::int64_t>(n) * n * iterations, threads,
              [&](std::int64_t begin, std::int64_t end) { kernel(call, begin, end); });
 }
 
 }  // namespace
-
-void use(const char* copy) {
-    const auto choose = [&](auto& kernels, auto... copies) {
-        for (auto* one : {copies...})
-            if (std::strcmp(one->name, copy) == 0) kernels = one;
-    };
-#if defined(__x86_64__)
-    choose(l1_kernels, &l1::baseline, &l1::avx2, &l1::avx512);
-    choose(doubly_stochastic_kernels, &doubly_stochastic::baseline, &doubly_stochastic::avx2,
-           &doubly_stochastic::avx512);
-#else
-    choose(l1_kernels, &l1::baseline);
-    choose(doubly_stochastic_kernels, &doubly_stochastic::baseline);
-#endif
-}
 
 void bind(py::module_ module) {
     py::class_<Probabilities>(module, "Probabilities", py::module_local())

@@ -45,11 +45,45 @@ def cost_tile(rows: int, adjacent: bool, interpreted: bool) -> Config:
     return Config(32, 64, 4) if adjacent else Config(4, 512, 4)
 
 
+def longest_row(shared: int | None) -> int:
+    """Columns of a cost that an iteration reads once: a row is in registers, and two more are on their way through
+    ``shared`` memory, in bytes; None: through registers."""
+    fits = 16384
+    while shared is not None and 2 * 4 * fits + 1024 > shared:
+        fits //= 2
+    return fits
+
+
+def iteration_stages(hip: bool) -> int:
+    """Rows at a time in the pipeline of an iteration; AMD's keeps them in registers."""
+    return 2 if hip else 3
+
+
+def iteration_tile(m: int) -> Config:
+    """Rows of ``m`` columns, whole."""
+    block = power_of_two(m)
+    return Config(max(1, 1024 // block), block, min(max(4, block // 512), 16))
+
+
+def columns_tile(interpreted: bool) -> Config:
+    """Columns x parts that are joined at a time."""
+    return Config(512, 32, 1) if interpreted else Config(32, 32, 4)
+
+
 def points_tile(products: bool, interpreted: bool) -> ProductConfig:
     """Of a cost between points, by ``products`` or by differences of coordinates: the largest that does not spill."""
     if interpreted:
         return ProductConfig(32, 32, 16, 1, 1)
     return ProductConfig(64, 64, 16, 8, 2) if products else ProductConfig(32, 64, 1, 4, 1)
+
+
+LARGEST_RUN = 64  # points of a side in a whole run: the plan is in registers
+
+
+def run_tile(n: int, m: int) -> Config:
+    """Of a whole run: the problem, padded."""
+    rows, block = power_of_two(n), power_of_two(m)
+    return Config(rows, block, min(max(1, rows * block // 1024), 8))
 
 
 def matrices_tile(n: int) -> Config:
@@ -113,6 +147,6 @@ def token_parts(tokens: int, sequences: int | None, processors: int, interpreted
 CANDIDATES: dict[str, tuple[tuple[int, int], ...]] = {
     "statistics": ((2048, 8), (1024, 4), (2048, 4), (4096, 8)),
     "pair_statistics": ((2048, 8), (1024, 4), (1024, 8)),
-    "generic": ((1024, 4), (1024, 8), (2048, 8)),
+    "generic": ((1024, 4), (1024, 8)),
     "gradient": ((2048, 4), (1024, 4), (2048, 8), (4096, 8)),
 }

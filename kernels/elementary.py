@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-3.0e38)  # stands for -inf where differences to it must not be NaN
+LOG2_E = tl.constexpr(1.442695)
 
 
 @triton.jit
@@ -45,12 +46,15 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(x):
-    """For -1 < x < 2^126; -88 at -1."""
-    u = 1.0 + x
-    exponent = (u.to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
-    power = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
-    m = tl.fma(x, power, power - 1.0)
+def _split(x):
+    """(k, 2^-k) of which 2^-k x is in [2/3, 4/3), k as bits of an exponent; x > 0."""
+    exponent = (x.to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
+    return exponent, (0x3F800000 - exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _logarithm(exponent, m):
+    """log(2^k (1 + m))."""
     p = tl.fma(tl.full(m.shape, -0.12891656, tl.float32), m, 0.13984306)
     p = tl.fma(p, m, -0.121842496)
     p = tl.fma(p, m, 0.14005901)
@@ -60,6 +64,20 @@ def log1p(x):
     p = tl.fma(p, m, 0.33333215)
     p = tl.fma(p, m, -0.5)
     return tl.fma((exponent >> 23).to(tl.float32), 0.6931472, tl.fma(p * m, m, m))
+
+
+@triton.jit
+def log1p(x):
+    """For -1 < x < 2^126; -88 at -1."""
+    exponent, power = _split(1.0 + x)
+    return _logarithm(exponent, tl.fma(x, power, power - 1.0))
+
+
+@triton.jit
+def log(x):
+    """For x from 2^-126 to 2^126."""
+    exponent, power = _split(x)
+    return _logarithm(exponent, tl.fma(x, power, -1.0))
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def _place(n, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _gather(x, m, total, rate):
+def gather(x, m, total, rate):
     """Lanes' maxima m and sums of e^((x - m) rate) with an element more each; the difference goes first, so that no
     rate overflows."""
     d = (x - m) * rate
@@ -44,13 +44,19 @@ def _gather(x, m, total, rate):
 
 
 @triton.jit
-def _store(s, m, total, epsilon, rate, problem, row, n, ROWS: tl.constexpr):
-    """Joins lanes, into s [parts, B, n]."""
+def softmin_of(m, total, epsilon, rate):
+    """Of rows of lanes."""
     joint = tl.max(m, 1)
     sums = tl.sum(total * exp((m - joint[:, None]) * rate), 1)
+    return tl.where(sums == 0.0, float("inf"), -(joint + epsilon * log_of_sum(sums)))
+
+
+@triton.jit
+def _store(s, m, total, epsilon, rate, problem, row, n, ROWS: tl.constexpr):
+    """Joins lanes, into s [parts, B, n]."""
     problems = tl.num_programs(0) // tl.cdiv(n, ROWS)
     to = s + (tl.program_id(1).to(tl.int64) * problems + problem) * n + row
-    tl.store(to, tl.where(sums == 0.0, float("inf"), -(joint + epsilon * log_of_sum(sums))), mask=row < n)
+    tl.store(to, softmin_of(m, total, epsilon, rate), mask=row < n)
 
 
 @triton.jit
@@ -73,7 +79,7 @@ def softmin(
         inside = (row < n)[:, None] & (j < end)[None, :]
         values = tl.load(at + j.to(tl.int64)[None, :] * column_stride, mask=inside, other=float("inf"))
         potential = tl.load(c + problem * m + j, mask=j < end, other=0.0)
-        top, total = _gather(potential[None, :] - values, top, total, rate)
+        top, total = gather(potential[None, :] - values, top, total, rate)
     _store(s, top, total, epsilon, rate, problem, row, n, ROWS)
 
 
@@ -129,7 +135,7 @@ def softmin_of_points(
         at_y = y + (problem * m + j) * depth
         values = _distances(at_x, at_y, row < n, valid, depth, COST, ROWS, BLOCK, DEPTH)
         potential = tl.load(c + problem * m + j, mask=valid, other=float("-inf"))
-        top, total = _gather(potential[None, :] - values, top, total, rate)
+        top, total = gather(potential[None, :] - values, top, total, rate)
     _store(s, top, total, epsilon, rate, problem, row, n, ROWS)
 
 

@@ -31,6 +31,8 @@ from logitless.kernels import (  # noqa: E402
     gradient,
     product,
     sinkhorn,
+    sinkhorn_iteration,
+    sinkhorn_run,
     statistics,
     tokens,
 )
@@ -44,6 +46,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": None}
 VOCABULARY = 128256
 FLOATS = {"outer", "numbers", "weights", "row_gradient"}
 FLOATS |= {"student_bias", "teacher_bias", "student_floor", "teacher_floor"}
@@ -55,6 +58,11 @@ LONGS = {"targets", "argmax"}
 TOKENS = {"inputs": ("*fp32",), "numbers": ("fp32",), "mask": "i1", "offsets": "i64", "denominator": "fp32"}
 TOKENS |= {"slopes": "fp32", "share": "i8", "spread": "fp64", "partials": "fp64", "counter": "i32", "results": "fp64"}
 TOKENS |= {"norm": "fp64", "upstream": "fp32"}
+RUN = dict.fromkeys(
+    "a b start annealed f_out g_out rows_out history_f history_g of_f of_g of_cost of_a of_b".split(), "fp32"
+)
+RUN |= {"reached_out": "i1", "iterations": "i64", "stopped": "i1", "returned": "i32"}
+ITERATION = dict.fromkeys("log_a weighted sums exponents t".split(), "fp32")
 FLAGS = (
     "STUDENT_BIAS STUDENT_CAPPED STUDENT_FILTERED PAIR TEACHER_BIAS TEACHER_CAPPED TEACHER_FILTERED TARGETS ENTROPY "
     "COLLISION WEIGHTED WEIGHTS ARGMAX MOMENTS ONE_HOT Q P Q_LOG_Q Q_SQUARED Q_LOG_RATIO WEIGHT_VECTOR ROW_GRADIENT "
@@ -108,9 +116,17 @@ def variants(everything: bool):
     for adjacent, stride in ((False, "column_stride"), (True, "row_stride")):
         tile = configs.cost_tile(1 << 10, adjacent, interpreted=False)
         yield f"softmin, {stride} 1", sinkhorn.softmin, tile, {stride: 1}, {}
+    for m in (8, 200, 4096, 16384):
+        yield f"sinkhorn iteration, rows of {m}", sinkhorn_iteration.rows, configs.iteration_tile(m), {}, ITERATION
+    yield "sinkhorn iteration, columns", sinkhorn_iteration.columns, configs.columns_tile(False), {}, ITERATION
     for kind, products in (("sqeuclidean", True), ("euclidean", False)):
         tile, given = configs.points_tile(products, interpreted=False), {"COST": sinkhorn.COSTS[kind]}
         yield f"softmin of {kind}", sinkhorn.softmin_of_points, tile, given, {}
+    for n, m in ((16, 16), (64, 64)):
+        tile = configs.run_tile(n, m)
+        given = {"ROWS": tile.rows, "COLUMNS": tile.block, "KEEP": 1, "JUDGED": 1, "WANTED": 1, "column_stride": 1}
+        yield f"sinkhorn run, {n} x {m}", sinkhorn_run.run, tile, given, RUN
+        yield f"sinkhorn run, backward, {n} x {m}", sinkhorn_run.run_backward, tile, given, RUN
     for n, dialect in ((4, "exact"), (4, "deepseek"), (4, "megatron"), (33, "exact"), (64, "deepseek")):
         tile = configs.matrices_tile(n)
         given = {"DIALECT": sinkhorn.DIALECTS[dialect], "TILE": tile.rows, "N": n, "PADDED": tile.block}
@@ -160,6 +176,7 @@ def token_variants():
 def compile_for(target: GPUTarget, kernel, tile, constants: dict, types: dict) -> dict[str, int]:
     """Registers, spills in bytes, shared memory in bytes."""
     sizes = {"ROWS": getattr(tile, "rows", 0), "BLOCK": tile.block, "DEPTH": getattr(tile, "depth", 0)}
+    sizes["STAGES"] = configs.iteration_stages(target.backend == "hip")
     given = dict.fromkeys(FLAGS, 0) | sizes | constants
     signature, constexprs, aligned = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -174,7 +191,7 @@ def compile_for(target: GPUTarget, kernel, tile, constants: dict, types: dict) -
             element = "fp32" if name in FLOATS | LOGITS | HIDDEN else "fp64" if name in DOUBLES else "i64"
             signature[name] = "*" + types.get(name, "i1" if name == "live" else element)
             aligned[place,] = [["tt.divisibility", 16]]
-        elif name.endswith("inner") or name == "epsilon":
+        elif name.endswith("inner") or name in ("epsilon", "tolerance", "rho_a", "rho_b", "damping"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
@@ -208,6 +225,8 @@ def main() -> None:
     everything = parser.parse_args().all
     for name, kernel, tile, constants, types in (*variants(everything), *token_variants()):
         for target, gpu in TARGETS.items():
+            if kernel is sinkhorn_iteration.rows and tile.block > configs.longest_row(SHARED[target]):
+                continue
             found = compile_for(gpu, kernel, tile, constants, types)
             print(json.dumps({"kernel": name, "tile": repr(tile), "target": target} | found), flush=True)
 

@@ -27,6 +27,7 @@ from logitless.divergences import SUMS
 from logitless.engine import statistics as algebra
 from logitless.ops.tokens import cuda as tokens
 from logitless.ops.tokens import recipe as recipes
+from logitless.ops.tokens.kernels import Call
 from logitless.ops.tokens.recipe import Recipe
 from test_row_kernels import (
     INFINITY,
@@ -729,7 +730,8 @@ def tokens_of(recipe: Recipe, lengths: tuple[int, ...], behind: int = 0) -> dict
 
 def tokens_by_kernel(recipe: Recipe, lengths: tuple[int, ...], behind: int = 0, **changed) -> list[Tensor]:
     given = tokens_of(recipe, lengths, behind) | changed
-    results, state = tokens.forward(recipe, tuple(given["inputs"]), given["mask"], given["offsets"], None, True)
+    call = Call(recipe, tuple(given["inputs"]), given["mask"], given["offsets"], None)
+    results, state = tokens.forward(call, True)
     return [results, *tokens.backward(recipe, state, torch.tensor(3.0))]
 
 
@@ -796,10 +798,11 @@ INSTANCES = {  # of kernels, by file, and the most registers: 128, so that two b
     "cuda-fused": (8, 128),
     "cuda-passes": (7, 128),
     "cuda-tokens": (3, 128),
-    "cuda-doubly_stochastic": (10, 160),  # blocks of 64 threads
-    "cuda-sinkhorn": (2, 64),  # four blocks
+    "cuda-doubly_stochastic": (10, 128),
+    "cuda-sinkhorn": (9, 168),  # three blocks of 128; those of 256 threads 80
     "cuda-l1": (2, 128),
     "cuda-softmin": (3, 64),
+    "cuda-iteration": (3, 128),  # one block of 512 threads
 }
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import logitless as ll
-from logitless.ops.sinkhorn import PointCost, ProbabilityCost, sinkhorn, sinkhorn_divergence
+from logitless.ops.sinkhorn import PointCost, ProbabilityCost, sinkhorn, sinkhorn_divergence, torch_kernels
 from logitless.ops.sinkhorn.kernels import Points
 from logitless.ops.sinkhorn.problem import Problem, Side
 from logitless.ops.sinkhorn.solve import Options, solve
@@ -181,6 +181,36 @@ def test_unrolled_gradients_where_problems_stop(method: str) -> None:
 
 
 TIGHT = {"epsilon": EPSILON, "tolerance": 1e-14, "method": "anderson", "max_iterations": 200}
+
+
+@pytest.mark.parametrize("rhos", list(RHOS))
+@pytest.mark.parametrize("method", METHODS)
+def test_both_half_iterations_at_once(method: str, rhos: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend's ``iteration`` gives the run of two half-iterations, its gradient too."""
+    cost, a, b = double(2, 4, 5), double(2, 4), double(2, 5)
+    cost.data[0, 2], cost.data[1, :, 3], a.data[0, 1], b.data[1, 0] = torch.inf, torch.inf, 0, 0
+    calls = []
+
+    def iteration(cost, c, log_a, damping, epsilon):
+        calls.append(epsilon)
+        s = torch_kernels.half_iteration(cost, c, epsilon)
+        f = torch.where((log_a > -torch.inf) & (s < torch.inf), damping * s, 0)
+        t = torch_kernels.half_iteration(cost.mT, f + epsilon * log_a, epsilon)
+        return s, torch.where(c == -torch.inf, torch.inf, t)
+
+    def whole(iterates: bool) -> tuple:
+        monkeypatch.setattr(torch_kernels, "iterates", lambda cost: iterates)
+        monkeypatch.setattr(torch_kernels, "iteration", iteration, raising=False)
+        found = sinkhorn(
+            cost, a, b, epsilon=0.3, rho_a=RHOS[rhos][0], rho_b=RHOS[rhos][1], iterations=8, method=method
+        )  # fmt: skip
+        weights = torch.linspace(1, 2, 4, dtype=torch.float64), torch.linspace(-1, 1, 5, dtype=torch.float64)
+        value = (found.f * weights[0]).sum() + (found.g * weights[1]).sum()
+        return found.f, found.g, *torch.autograd.grad(value, (cost, a, b))
+
+    for at_once, apart in zip(whole(True), whole(False), strict=True):
+        close(at_once, apart)
+    assert len(calls) == (8 if method in ("alternating", "anderson") else 0)
 
 
 @pytest.mark.parametrize("rhos", list(RHOS))

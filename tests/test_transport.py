@@ -437,6 +437,28 @@ def test_sinkd_of_a_batch() -> None:
         compare(ll.transport.sinkd(student, teacher, samples=samples), 0.001 * (plan * cost).sum(), leaves)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("samples", ["batch", "token"])
+def test_sinkd_in_float32(samples: str, masked: bool) -> None:
+    """Of the kernels for it, as exact as a softmax in float32; backward twice, and without gradients."""
+    leaves, student, _ = make("dense", 7, 900, lead=(6,))
+    _, teacher, _ = make("dense", 7, 900, lead=(6,))
+    targets = (torch.rand(6, 7) < 0.7).long() - 1 if masked else None
+    options = {"samples": samples, "ignore_index": -1, "reduction": "none"}
+    exact = ll.transport.sinkd(student, teacher, targets, **options)
+    upstream = torch.rand_like(exact)
+    (wanted,) = torch.autograd.grad(exact, leaves, upstream)
+    logits = leaves[0].detach().float().requires_grad_()
+    low = ll.DenseLogits(logits), ll.DenseLogits(teacher.logits.detach().float())
+    found = ll.transport.sinkd(*low, targets, **options)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=1e-9)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(found, logits, upstream.float(), retain_graph=True)
+        assert (gradient - wanted).norm() <= 2e-5 * wanted.norm()
+    with torch.no_grad():
+        assert torch.equal(ll.transport.sinkd(*low, targets, **options), found)
+
+
 def points(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, dtype=torch.float64, requires_grad=True)
 

@@ -212,13 +212,11 @@ void backward(const L1Backward& call, std::int64_t begin, std::int64_t end) {
     for (std::int64_t index = begin; index < end; ++index) backward_piece(call, index);
 }
 
+constexpr L1Kernels kernels = {forward, backward};
+
 }  // namespace
 
-#define LL_TEXT_(name) #name
-#define LL_TEXT(name) LL_TEXT_(name)
-namespace l1 {
-const L1Kernels LL_COPY = {LL_TEXT(LL_COPY), forward, backward};
-}  // namespace l1
+const L1Kernels L1Kernels::LL_COPY = kernels;
 
 }  // namespace transport
 }  // namespace logitless

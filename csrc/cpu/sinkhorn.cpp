@@ -177,7 +177,7 @@ void plan(const Plan& call, std::int64_t begin, std::int64_t end) {
                     const Vector x = ((access.load(call.c + j) - C) + r) * inverse;
                     const Vector E = access.only(exp(min(Vector(0.0f), x)));
                     E.store(entries + (j - start));
-                    times(E, C).store(weighted + (j - start));
+                    times(E, call.origin ? C - access.load(call.origin + j) : C).store(weighted + (j - start));
                 });
                 const float* M = call.power ? weighted : entries;
                 for (int k = 0; call.row_sums && k < call.count; ++k) {
@@ -549,13 +549,13 @@ void log_back(const Work& w, std::int64_t begin, std::int64_t end, float* gradie
     }
 }
 
+constexpr Kernels kernels = {
+    softmin_rows, softmin_columns, plan, pairs, signs, weighted, absorb, iterate, columns,
+    row_potentials, column_potentials, row_sums, factors, iterate_back, columns_back, add_back, log_back};
+
 }  // namespace
 
-#define LL_TEXT_(name) #name
-#define LL_TEXT(name) LL_TEXT_(name)
-const Kernels copies::LL_COPY = {
-    LL_TEXT(LL_COPY), softmin_rows, softmin_columns, plan, pairs, signs, weighted, absorb, iterate, columns,
-    row_potentials, column_potentials, row_sums, factors, iterate_back, columns_back, add_back, log_back};
+const Kernels Kernels::LL_COPY = kernels;
 
 }  // namespace sinkhorn
 }  // namespace logitless

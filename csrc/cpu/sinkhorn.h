@@ -34,7 +34,8 @@ struct Softmin {
     float *top, *total;
 };
 
-// With E_ij = exp(min(0, (c_j - C_ij + r_i) / epsilon)) and M = E or, for power 1, E C (0 where E is):
+// With E_ij = exp(min(0, (c_j - C_ij + r_i) / epsilon)) and M = E or, for power 1, E C (0 where E is); there C is
+// C_ij - origin_j, if there is one:
 struct Plan {
     Matrix cost;
     const float *r, *c;
@@ -48,6 +49,7 @@ struct Plan {
     float E_slope, EC_slope;
     const float *left, *right;  // [rows, count], [count, columns]
     float* gradient;            // [rows, columns]
+    const float* origin;        // [columns]
 };
 
 // cost_ij = sum_k |x_ik - y_kj|, or its Euclidean counterpart: differences first, not products.
@@ -102,7 +104,6 @@ struct Backward {
 
 // Once per instruction set: sinkhorn.cpp.
 struct Kernels {
-    const char* name;
     void (*softmin_rows)(const Softmin&, std::int64_t begin, std::int64_t end);
     void (*softmin_columns)(const Softmin&, std::int64_t begin, std::int64_t end);
     void (*plan)(const Plan&, std::int64_t begin, std::int64_t end);  // whole pieces
@@ -126,15 +127,9 @@ struct Kernels {
                      const float* vs, float* gradient, bool first);      // rows of gradient (+)= E * us^T vs
     // a half-iteration over columns in the log domain: x, and gradient += W p; c has the tops, next 1 / totals
     void (*log_back)(const Work&, std::int64_t begin, std::int64_t end, float* gradient);
-};
 
-namespace copies {
-extern const Kernels baseline;
-#if defined(__x86_64__)
-extern const Kernels avx2;
-extern const Kernels avx512;
-#endif
-}  // namespace copies
+    static const Kernels baseline, avx2, avx512;  // copies.h
+};
 
 }  // namespace sinkhorn
 }  // namespace logitless

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../math/doubly_stochastic.h"
 #include "rows.h"
 
 namespace logitless {
@@ -35,7 +36,7 @@ struct L1 {
 
     // The same for any number of threads, so that the sums are.
     static std::int64_t segments_for(std::int64_t blocks, std::int64_t columns) {
-        return std::max<std::int64_t>(1, std::min(16 / std::max<std::int64_t>(1, blocks), columns / 2048));
+        return std::max<std::int64_t>(1, std::min(32 / std::max<std::int64_t>(1, blocks), (columns + 1023) / 1024));
     }
 };
 
@@ -46,40 +47,26 @@ struct L1Backward : L1 {
 };
 
 struct DoublyStochastic {  // count matrices [n, n]
-    int n, dialect, iterations;  // dialect: number in doubly_stochastic.cpp
+    int n, iterations;
+    Dialect dialect;
     const float *logits, *upstream;
     float *out, *residual;  // the matrices and the residual of each; backward the gradients of the logits
 };
 
 // Once per instruction set: l1.cpp. Each does the pieces [begin, end).
 struct L1Kernels {
-    const char* name;
     void (*forward)(const L1&, std::int64_t begin, std::int64_t end);
     void (*backward)(const L1Backward&, std::int64_t begin, std::int64_t end);
+
+    static const L1Kernels baseline, avx2, avx512;  // copies.h
 };
 
 struct DoublyStochasticKernels {  // doubly_stochastic.cpp
-    const char* name;
-    int (*dialect)(const char* name);  // its number, or -1
     void (*forward)(const DoublyStochastic&, std::int64_t begin, std::int64_t end);
     void (*backward)(const DoublyStochastic&, std::int64_t begin, std::int64_t end);
+
+    static const DoublyStochasticKernels baseline, avx2, avx512;  // copies.h
 };
-
-namespace l1 {
-extern const L1Kernels baseline;
-#if defined(__x86_64__)
-extern const L1Kernels avx2;
-extern const L1Kernels avx512;
-#endif
-}  // namespace l1
-
-namespace doubly_stochastic {
-extern const DoublyStochasticKernels baseline;
-#if defined(__x86_64__)
-extern const DoublyStochasticKernels avx2;
-extern const DoublyStochasticKernels avx512;
-#endif
-}  // namespace doubly_stochastic
 
 }  // namespace transport
 }  // namespace logitless

@@ -291,29 +291,6 @@ struct Plan {
 
 using Kernel = void (*)(Fused);
 
-// Clusters of so many blocks that the device runs at once; 0 where it does not grant them.
-int granted(Kernel kernel, const Device& device, const Plan& plan) {
-    const void* function = reinterpret_cast<const void*>(kernel);
-    int count = 0;
-    // Always the device's: the attribute is the kernel's, and this plan is not its only one.
-    cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-    if (error == cudaSuccess && plan.cluster == 1) {
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, plan.threads, plan.shared);
-        count *= device.processors;
-    } else if (error == cudaSuccess) {
-        if (plan.cluster > 8)
-            error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-        const Launch launch(plan.cluster, plan.threads, plan.shared, nullptr, plan.cluster);
-        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, function, &launch.config);
-    }
-    if (error != cudaSuccess) {
-        cudaGetLastError();  // it was a question; the answer is no
-        return 0;
-    }
-    return count;
-}
-
 // The smallest cluster that leaves room for a second block on each processor, else the smallest that holds a row at
 // all, else tiles.
 Plan make_plan(Kernel kernel, const Device& device, std::int64_t columns, int sides) {
@@ -328,15 +305,16 @@ Plan make_plan(Kernel kernel, const Device& device, std::int64_t columns, int si
             plan.threads = threads_for(plan.capacity, most_threads_for(sides == 2));
             plan.shared = shared_head + std::size_t(16) * sides * plan.capacity;
             plan.whole = true;
-            if (plan.shared <= static_cast<std::size_t>(room) && (plan.clusters = granted(kernel, device, plan)) > 0)
-                return plan;
+            if (plan.shared > static_cast<std::size_t>(room)) continue;
+            plan.clusters = granted(kernel, device, cluster, plan.threads, plan.shared);
+            if (plan.clusters > 0) return plan;
         }
     plan.cluster = 1;
     plan.capacity = static_cast<int>((half - shared_head) / 16 / sides);
     plan.threads = threads_for(plan.capacity, most_threads_for(sides == 2));
     plan.shared = shared_head + std::size_t(16) * sides * plan.capacity;
     plan.whole = false;
-    plan.clusters = granted(kernel, device, plan);
+    plan.clusters = granted(kernel, device, 1, plan.threads, plan.shared);
     return plan;
 }
 

@@ -58,6 +58,29 @@ struct Launch {
     Launch(const Launch&) = delete;
 };
 
+// How many clusters of so many blocks the device runs at once; 0 where it does not grant them.
+template <class Call>
+int granted(void (*kernel)(Call), const Device& device, int cluster, int threads, std::size_t shared) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    int count = 0;
+    // Always the device's: the attribute is the kernel's, and this plan is not its only one.
+    cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    if (error == cudaSuccess && cluster == 1) {
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, threads, shared);
+        count *= device.processors;
+    } else if (error == cudaSuccess) {
+        if (cluster > 8) error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        const Launch launch(cluster, threads, shared, nullptr, cluster);
+        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, function, &launch.config);
+    }
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // it was a question; the answer is no
+        return 0;
+    }
+    return count;
+}
+
 constexpr std::int64_t most_columns = (std::int64_t(1) << 31) - 64;  // column numbers are int
 
 // A block of threads for so many quads: each thread gets a few, and a short row no more threads than it needs.

@@ -1,5 +1,5 @@
-// Sinkhorn on a CUDA device: whole runs of small problems, and half-iterations on a stored cost; see SinkhornKernels in
-// python/logitless/ops/sinkhorn/kernels.py.
+// Sinkhorn on a CUDA device: whole runs of small problems, and half-iterations and iterations on a stored cost; see
+// SinkhornKernels in python/logitless/ops/sinkhorn/kernels.py.
 //
 // Pointers are to float32 tensors on the device, contiguous but for the cost. Launchers put their work on `stream` of
 // device number `device`, whichever device is current, and return a cudaError_t.
@@ -31,11 +31,22 @@ struct SinkhornRun {
     int* last;                     // [B]: the iteration that is returned; with the histories
 };
 
+struct SinkhornGradients {
+    float *of_cost, *of_a, *of_b;  // [B, n, m], [B, n], [B, m]; of_cost, or of_a and of_b, null: not wanted
+};
+
 struct SinkhornRunBackward {
-    const float *history_f, *history_g;
+    float *history_f, *history_g;
     const int* last;
-    const float *of_f, *of_g;          // cotangents
-    float *of_cost, *of_a, *of_b;  // [B, n, m], [B, n], [B, m]; of_cost null: not wanted
+    const float *of_f, *of_g;  // cotangents
+    SinkhornGradients gradients;
+};
+
+// <P, C> of a run's plan, and its gradient.
+struct SinkhornTransport {
+    float* value;                  // [B]
+    float *history_f, *history_g;  // room for a run's, [limit, B, n], [limit, B, m]; null: no gradient
+    SinkhornGradients gradients;
 };
 
 struct SoftMin {
@@ -48,6 +59,16 @@ struct SoftMin {
     float epsilon;
 };
 
+struct Iteration {
+    const float* cost;                   // [count, n, m]: the columns adjacent
+    std::int64_t strides[2];             // of problems and rows
+    const float *c, *log_a;              // [count, m], [count, n]
+    float *s, *t;                        // [count, n], [count, m]
+    float *sums, *exponents, *weighted;  // scratch: [count, parts, m], [count, parts], [count, n]
+    int count, n, m, parts;
+    float damping, epsilon;
+};
+
 }  // namespace logitless::cuda
 
 extern "C" {
@@ -57,7 +78,12 @@ int logitless_cuda_sinkhorn_run(const logitless::cuda::SinkhornProblems* problem
                                 const logitless::cuda::SinkhornRun* run, int device, void* stream);
 int logitless_cuda_sinkhorn_run_backward(const logitless::cuda::SinkhornProblems* problems,
                                          const logitless::cuda::SinkhornRunBackward* run, int device, void* stream);
+int logitless_cuda_sinkhorn_transport(const logitless::cuda::SinkhornProblems* problems,
+                                      const logitless::cuda::SinkhornTransport* run, int device, void* stream);
 // Into how many parts rows should be cut.
 int logitless_cuda_softmin_parts(const logitless::cuda::SoftMin* call, int device);
 int logitless_cuda_softmin(const logitless::cuda::SoftMin* call, int device, void* stream);
+// Into how many parts rows should be cut; 0: they are too long.
+int logitless_cuda_iteration_parts(const logitless::cuda::Iteration* call, int device);
+int logitless_cuda_iteration(const logitless::cuda::Iteration* call, int device, void* stream);
 }

@@ -23,7 +23,7 @@ inline void bind_sinkhorn(py::module_& module) {
             const DoublyStochastic call = {
                 pointer<const float>(logits), pointer<const float>(gradient), pointer<float>(out),
                 pointer<float>(residual), matrices, n, iterations,
-                dialect == "exact" ? Dialect::exact : dialect == "deepseek" ? Dialect::deepseek : Dialect::megatron};
+                number<Dialect>(dialect_names, dialect)};
             check([&] {
                 const py::gil_scoped_release unlocked;
                 return logitless_cuda_doubly_stochastic(&call, device, pointer<void>(stream));
@@ -62,13 +62,25 @@ inline void bind_sinkhorn(py::module_& module) {
         [](int device, Address stream, const SinkhornProblems& problems, const Addresses& given) {
             const auto of = [&](const char* name) { return pointer<float>(given, name); };
             const SinkhornRunBackward run = {of("history_f"), of("history_g"), pointer<const int>(given, "last"),
-                                             of("of_f"), of("of_g"), of("of_cost"), of("of_a"), of("of_b")};
+                                             of("of_f"), of("of_g"), {of("of_cost"), of("of_a"), of("of_b")}};
             check([&] {
                 const py::gil_scoped_release unlocked;
                 return logitless_cuda_sinkhorn_run_backward(&problems, &run, device, pointer<void>(stream));
             }());
         },
         py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("problems"), py::arg("given"));
+    module.def(
+        "sinkhorn_transport",
+        [](int device, Address stream, const SinkhornProblems& problems, const Addresses& out) {
+            const auto of = [&](const char* name) { return pointer<float>(out, name); };
+            const SinkhornTransport run = {of("value"), of("history_f"), of("history_g"),
+                                           {of("of_cost"), of("of_a"), of("of_b")}};
+            check([&] {
+                const py::gil_scoped_release unlocked;
+                return logitless_cuda_sinkhorn_transport(&problems, &run, device, pointer<void>(stream));
+            }());
+        },
+        py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("problems"), py::arg("out"));
 
     const auto softmin = [](Address cost, const std::vector<std::int64_t>& strides, Address c, Address s, int count,
                             int n, int m, float epsilon) {
@@ -90,6 +102,30 @@ inline void bind_sinkhorn(py::module_& module) {
             }());
         },
         py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("call"), py::arg("parts"), py::arg("partials"));
+
+    const auto iteration = [](const Addresses& tensors, const std::vector<std::int64_t>& strides, int count, int n,
+                              int m, float damping, float epsilon) {
+        const auto of = [&](const char* name) { return pointer<float>(tensors, name); };
+        return Iteration{of("cost"), {strides.at(0), strides.at(1)}, of("c"), of("log_a"), of("s"), of("t"), nullptr,
+                         nullptr, nullptr, count, n, m, 0, damping, epsilon};
+    };
+    py::class_<Iteration>(module, "Iteration", py::module_local())
+        .def(py::init(iteration), py::kw_only(), py::arg("tensors"), py::arg("strides"), py::arg("count"),
+             py::arg("n"), py::arg("m"), py::arg("damping"), py::arg("epsilon"))
+        .def("parts", &logitless_cuda_iteration_parts, py::arg("device"));
+    module.def(
+        "iteration",
+        [](int device, Address stream, Iteration call, int parts, const Addresses& scratch) {
+            call.parts = parts;
+            call.sums = pointer<float>(scratch, "sums");
+            call.exponents = pointer<float>(scratch, "exponents");
+            call.weighted = pointer<float>(scratch, "weighted");
+            check([&] {
+                const py::gil_scoped_release unlocked;
+                return logitless_cuda_iteration(&call, device, pointer<void>(stream));
+            }());
+        },
+        py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("call"), py::arg("parts"), py::arg("scratch"));
 
     using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
     using Side = std::tuple<Chunk, Address, Address, int>;  // chunk, max, sum, tokens

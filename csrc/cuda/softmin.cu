@@ -5,8 +5,8 @@
 // lanes go along a row; adjacent rows: each lane has a row of its own. Every thread has a maximum and a sum so far.
 // Where there are few rows they are cut into parts, and a second launch joins those.
 
-#include "launch.cuh"
 #include "sinkhorn.h"
+#include "softmin.cuh"
 
 namespace logitless::cuda {
 namespace {
@@ -14,32 +14,6 @@ namespace {
 constexpr int block_size = 256;
 constexpr int warps = block_size / warp_size;
 constexpr int ahead = 4;  // elements of a thread that are loaded before the first is used
-
-// sum e^((x - top) / epsilon) so far; in units of epsilon.
-struct Partial {
-    float top = -infinity, total = 0;
-
-    __device__ __forceinline__ void add(const float (&x)[ahead]) {
-        float above = x[0];
-#pragma unroll
-        for (int k = 1; k < ahead; ++k) above = fmaxf(above, x[k]);
-        if (above > top) {
-            total *= exp(top - above);
-            top = above;
-        }
-#pragma unroll
-        for (int k = 0; k < ahead; ++k) total += exp(x[k] - finite(top));
-    }
-    __device__ __forceinline__ void join(float other_top, float other_total) {
-        const float above = fmaxf(top, other_top), origin = finite(above);
-        total = total * exp(top - origin) + other_total * exp(other_top - origin);
-        top = above;
-    }
-    // +inf for an empty sum. A maximum drops a NaN; the sum has kept it.
-    __device__ __forceinline__ float softmin(float epsilon) const {
-        return total == 0.0f ? infinity : -epsilon * (finite(top) + ::logf(total));
-    }
-};
 
 __device__ __forceinline__ void put(const SoftMin& call, std::int64_t row, int part, const Partial& found) {
     if (call.parts == 1) {
@@ -93,26 +67,9 @@ __global__ void __launch_bounds__(block_size) columns_kernel(const __grid_consta
     const float* const cost = call.cost + problem * call.strides[0] + i;
     const float* const c = call.c + problem * call.m;
     const int width = (call.m + call.parts - 1) / call.parts, begin = part * width, end = ::min(begin + width, call.m);
-    Partial found;
-    if (i < call.n)
-        for (int start = begin + warp; start < end; start += ahead * warps) {
-            float x[ahead];
-#pragma unroll
-            for (int k = 0; k < ahead; ++k) {
-                const int j = start + k * warps;
-                x[k] = j < end ? (c[j] - cost[j * call.strides[2]]) * inverse : -infinity;
-            }
-            found.add(x);
-        }
-    shared[threadIdx.x] = found;
-    block_barrier<91>();
-    if (warp == 0 && i < call.n) {
-        for (int w = 1; w < warps; ++w) {
-            const Partial& other = shared[w * warp_size + lane];
-            found.join(other.top, other.total);
-        }
-        put(call, problem * call.n + i, part, found);
-    }
+    const Partial found =
+        adjacent_rows<warps, ahead>(cost, call.strides[2], c, begin, end, inverse, i < call.n, shared);
+    if (warp == 0 && i < call.n) put(call, problem * call.n + i, part, found);
 }
 
 __global__ void __launch_bounds__(block_size) join_kernel(const __grid_constant__ SoftMin call) {

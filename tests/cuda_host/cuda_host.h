@@ -3,9 +3,9 @@
 // TMA. It says nothing of performance, and nothing of memory order between threads that run at the same time.
 //
 // Each block has shared memory of its own, NaN before it begins and after it has ended. cp.async copies when it is
-// waited for. CUDA_HOST_ORDER says in which order threads and clusters run: 0 forward, 1 backward, any other number
-// seeds an order, for threads a new one each round, and warps and blocks that are left behind for a while. Threads that
-// wait in vain for each other abort.
+// waited for, in odd orders at once. CUDA_HOST_ORDER says in which order threads and clusters run: 0 forward, 1
+// backward, any other number seeds an order, for threads a new one each round, and warps and blocks that are left
+// behind for a while. Threads that wait in vain for each other abort.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -44,6 +44,7 @@ inline Properties properties;
 inline int current_device = 0;
 inline std::map<std::pair<int, const void*>, int> shared_allowed, large_clusters_allowed;  // by device and kernel
 inline int dropped_barrier = 0;    // LL_TEST_DROP_BARRIER
+inline bool early = false;         // copies are made at once
 inline long launches[4] = {};    // of 1 block, of clusters, blocks of the largest cluster, threads of the last
 
 struct Barrier {
@@ -82,6 +83,7 @@ struct Fiber {
     const Barrier* waits_for;
     unsigned generation, shuffles;
     std::vector<Copy> copies;
+    std::vector<std::size_t> groups;  // of copies, that are committed: where they end
 };
 
 struct Block {
@@ -171,6 +173,7 @@ inline void run_cluster(std::vector<Fiber>& fibers, std::mt19937& random, int or
         f.waits_for = nullptr;
         f.shuffles = 0;
         f.copies.clear();
+        f.groups.clear();
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.get();
         f.context.uc_stack.ss_size = stack_size;
@@ -215,6 +218,7 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Argument), c
     static std::vector<Fiber> pool;
     const char* text = std::getenv("CUDA_HOST_ORDER");
     const int order = text ? std::atoi(text) : 0;
+    early = order % 2;
     const unsigned size = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
     const std::pair<int, const void*> function(current_device, reinterpret_cast<const void*>(kernel));
     const auto allowed = shared_allowed.find(function);

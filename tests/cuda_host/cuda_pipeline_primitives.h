@@ -1,4 +1,4 @@
-// cp.async for cuda_host.h: a copy happens as late as it may.
+// cp.async for cuda_host.h: a copy happens as late as it may, and in some orders of threads at once too.
 #pragma once
 
 #include "cuda_host.h"
@@ -9,10 +9,19 @@ inline void __pipeline_memcpy_async(void* to, const void* from, std::size_t size
         std::fprintf(stderr, "cuda_host: cp.async of %zu bytes from %p to %p\n", size, from, to);
         std::abort();
     }
-    cuda_host::fiber->copies.push_back({to, from, size});
+    if (cuda_host::early)
+        std::memcpy(to, from, size);
+    else
+        cuda_host::fiber->copies.push_back({to, from, size});
 }
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(unsigned) {  // of 0: all of them
-    for (const cuda_host::Copy& copy : cuda_host::fiber->copies) std::memcpy(copy.to, copy.from, copy.size);
-    cuda_host::fiber->copies.clear();
+inline void __pipeline_commit() { cuda_host::fiber->groups.push_back(cuda_host::fiber->copies.size()); }
+inline void __pipeline_wait_prior(std::size_t prior) {  // all groups but the last `prior`
+    std::vector<cuda_host::Copy>& copies = cuda_host::fiber->copies;
+    std::vector<std::size_t>& groups = cuda_host::fiber->groups;
+    if (groups.size() <= prior) return;
+    const std::size_t count = groups[groups.size() - 1 - prior];
+    for (std::size_t i = 0; i < count; ++i) std::memcpy(copies[i].to, copies[i].from, copies[i].size);
+    copies.erase(copies.begin(), copies.begin() + count);
+    groups.erase(groups.begin(), groups.end() - prior);
+    for (std::size_t& end : groups) end -= count;
 }

@@ -21,11 +21,11 @@ from logitless.logits import (
 )
 from logitless.losses.checks import check_choice, check_range
 from logitless.ops.loss import check_reduction
-from logitless.ops.sinkhorn import PointCost, ProbabilityCost, sinkhorn, sinkhorn_divergence
+from logitless.ops.sinkhorn import PointCost, ProbabilityCost, sinkhorn_divergence
 from logitless.ops.sinkhorn.cost import TensorCost
 from logitless.ops.sinkhorn.gradients import build
 from logitless.ops.sinkhorn.kernels import Dense
-from logitless.ops.sinkhorn.solve import mask_of
+from logitless.ops.sinkhorn.solve import mask_of, transport_cost
 
 Cost = Tensor | PointCost | ProbabilityCost
 
@@ -98,11 +98,9 @@ def sinkd(
         sides = [_first_last(logits) for logits in sides]
         mask = None if mask is None else mask.movedim(0, -1)
     cost = ProbabilityCost(*sides)
-    ones = torch.ones(cost.shape[:-1], dtype=cost.tensor.dtype, device=student.device)
     options = {"mask_a": mask, "mask_b": mask, "iterations": iterations, "workspace": workspace}
-    found = sinkhorn(cost, ones, ones, epsilon=epsilon, **options).transport_cost
-    live = torch.ones(found.shape, dtype=torch.bool, device=found.device) if mask is None else mask.any(-1)
-    return _reduced(scale * found, live, reduction, denominator)
+    found = transport_cost(cost, unit=True, epsilon=epsilon, **options)
+    return _reduced(scale * found, None if mask is None else mask.any(-1), reduction, denominator)
 
 
 def multi_cost(
@@ -162,10 +160,9 @@ def multi_cost(
     ]
     total = sum(w * _stored(cost, masks) for w, cost in zip(weights, costs))
     options = {"mask_a": mask_a, "mask_b": mask_b, "iterations": iterations, "workspace": workspace}
-    found = sinkhorn(total.view(shape), a, b, epsilon=epsilon, **options).transport_cost
-    live = torch.ones(found.shape, dtype=torch.bool, device=device)
-    for mask in masks:
-        live = live if mask is None else live & mask.any(-1).view(found.shape)
+    found = transport_cost(total.view(shape), a, b, epsilon=epsilon, **options)
+    lives = [mask.any(-1).view(found.shape) for mask in masks if mask is not None]
+    live = None if not lives else lives[0] if len(lives) == 1 else lives[0] & lives[1]
     return _reduced(found, live, reduction, denominator)
 
 
@@ -274,10 +271,11 @@ def _stored(cost: TensorCost | PointCost | ProbabilityCost, masks: list[Tensor |
     return (found if isinstance(found, Dense) else build(found)).cost
 
 
-def _reduced(values: Tensor, live: Tensor, reduction: str, denominator: float | Tensor | None) -> Tensor:
-    """Over problems; those that have no points are 0 already."""
-    if reduction == "none":
-        return values
-    if reduction == "sum":
-        return values.sum()
-    return values.sum() / (live.sum().clamp(min=1) if denominator is None else denominator)
+def _reduced(values: Tensor, live: Tensor | None, reduction: str, denominator: float | Tensor | None) -> Tensor:
+    """Over problems; those that are not live, as all are without ``live``, are 0 already."""
+    total = values.sum() if values.dim() and reduction != "none" else values
+    if reduction != "mean":
+        return total
+    if denominator is None:
+        denominator = max(1, values.numel()) if live is None else live.sum().clamp(min=1)
+    return total if isinstance(denominator, int) and denominator == 1 else total / denominator

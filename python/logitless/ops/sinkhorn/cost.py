@@ -15,6 +15,7 @@ from logitless.engine import scan, statistics
 from logitless.engine.heads import Tile
 from logitless.engine.memory import padded
 from logitless.engine.problem import HeadSpec, Request
+from logitless.engine.statistics import Statistics
 from logitless.logits import LinearLogits, Logits, check_floating, check_logits
 from logitless.losses.checks import check_choice
 from logitless.ops.sinkhorn import gradients, kernels
@@ -78,7 +79,10 @@ class PointCost:
         points = Points(x, y, self.kind)
         count, n, m = points.shape
         matrices = 2 * count + 1  # with their gradients, and the plan that a run keeps of one problem
-        return gradients.build(points) if matrices * n * m * x.element_size() <= workspace else points
+        fits = matrices * n * m * x.element_size() <= workspace
+        of = kernels.select(x.device, x.dtype)
+        whole = of.runs(Dense(x.new_empty(()).expand(points.shape)))
+        return gradients.build(points) if fits and (whole or not of.forms(points)) else points
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +234,10 @@ class _ProbabilityL1(torch.autograd.Function):
             head.open_gradients(spec.wants_grad, len(groups) <= 1, (rows, slices.width), size)
             given[side] = head.amplified(gradient), moment
         for problems, tiles in groups:
-            here = [x[tile.rows] for x, tile in zip(normalizers, [tile for tile in tiles[0] for _ in range(2)])]
+            here, matrices = normalizers, given
+            if len(groups) > 1:
+                here = [x[tile.rows] for x, tile in zip(normalizers, [tile for tile in tiles[0] for _ in range(2)])]
+                matrices = {side: (x[problems], y[problems]) for side, (x, y) in given.items()}
             for pair in tiles:
                 sides = slices.probabilities(pair, here)
                 for side in wanted:
@@ -238,7 +245,7 @@ class _ProbabilityL1(torch.autograd.Function):
                     room = slices.room(side, last=side == wanted[-1])
                     out = head.gradient_buffer(tile, room)
                     found = out if out.dtype == slices.dtype else tile.of(room)
-                    slices.kernels.l1_backward(*(x[problems] for x in given[side]), sides[side], sides[1 - side], found)
+                    slices.kernels.l1_backward(*matrices[side], sides[side], sides[1 - side], found)
                     head.accumulate(tile, out if out is found else out.copy_(found))
         gradients: list[Tensor | None] = [None] * len(tensors)
         for side in wanted:
@@ -276,7 +283,7 @@ class _Slices:
             if head.spec.linear:
                 head.upcast = min(self.width, max(1, (1 << 20) // head.hidden.shape[1]))
                 head.low_products = planning.machine(head.device).low_products
-        self._only: dict[int, Chunk] = {}  # the chunks of a single slice, formed for the statistics
+        self._only: list[Chunk] = []  # the chunks of a single slice, formed for the statistics
 
     def groups(self) -> Iterator[tuple[slice, list[tuple[Tile, Tile]]]]:
         """(problems, their tiles of both sides, from the first column to the last)."""
@@ -293,22 +300,23 @@ class _Slices:
 
     def normalize(self, tiles: list[tuple[Tile, Tile]]) -> list[Tensor]:
         """Per side the maximum of every row, and the sum of exp(s - maximum), merged from slice to slice."""
-        backend, normalizers = kernels.rows(self.heads[0].device, self.dtype), []
-        for side in (0, 1):
-            merged = None
-            for pair in tiles:
-                chunk = self._chunk(side, pair[side])
-                found = backend.statistics(chunk, None, targets=None, weights=None, wanted=frozenset())
+        backend = kernels.rows(self.heads[0].device, self.dtype)
+        together = self.sizes[0] == self.sizes[1]  # then the kernel takes them for a student's and a teacher's
+        merged: list[Statistics] = []
+        for pair in tiles:
+            chunks = [self._chunk(side, tile) for side, tile in enumerate(pair)]
+            calls = [chunks] if together else [(chunk, None) for chunk in chunks]
+            for k, call in enumerate(calls):
+                found = backend.statistics(*call, targets=None, weights=None, wanted=frozenset())
                 found = statistics.join(found) if found["max"].dim() == 2 else found
-                merged = found if merged is None else statistics.merge(merged, found)
-            normalizers += [merged["max"], merged["sum"]]
-            if len(tiles) == 1:
-                self._only[side] = chunk
-        return normalizers
+                merged[k : k + 1] = [statistics.merge(merged[k], found) if k < len(merged) else found]
+        if len(tiles) == 1:
+            self._only = chunks
+        return [of[name] for of in merged for name in ("max", "sum", "teacher_max", "teacher_sum") if name in of]
 
     def probabilities(self, pair: tuple[Tile, Tile], normalizers: Sequence[Tensor]) -> list[Probabilities]:
         """Of both sides; the normalizers are those of the tiles' rows."""
-        chunks = [self._only.pop(side, None) or self._chunk(side, tile) for side, tile in enumerate(pair)]
+        chunks, self._only = self._only or [self._chunk(side, tile) for side, tile in enumerate(pair)], []
         return [
             Probabilities(chunk, *normalizers[2 * side : 2 * side + 2], self.sizes[side])
             for side, chunk in enumerate(chunks)

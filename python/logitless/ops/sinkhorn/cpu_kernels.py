@@ -81,6 +81,10 @@ def build_backward(points: Points, cost: Tensor, gradient: Tensor) -> tuple[Tens
     return _signs(gradient, x, y.mT.contiguous()), _signs(gradient.mT, y, x.mT.contiguous())
 
 
+def forms(points: Points) -> bool:
+    return False
+
+
 def runs(cost: Cost) -> bool:
     _, n, m = cost.shape
     return isinstance(cost, Dense) and n * m <= LARGEST
@@ -136,6 +140,25 @@ def run_backward(
         threads=torch.get_num_threads(),
     )
     return of_cost, of_a, of_b
+
+
+def transport(
+    cost: Dense, a: Tensor, b: Tensor, g: Tensor, schedule: Schedule, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    out = {"value": a.new_empty(len(a))}
+    if wanted[0]:
+        out["of_cost"] = a.new_empty(cost.shape)
+    if wanted[1]:
+        out |= {"of_a": a.new_empty(a.shape), "of_b": b.new_empty(b.shape)}
+    given = _Given(cost.cost if cost.cost.stride(2) == 1 else cost.cost.contiguous())
+    _C.sinkhorn.transport(
+        given.cost,
+        *map(given.address, (a, b, g)),
+        _numbers(schedule),
+        out=_addresses(out),
+        threads=torch.get_num_threads(),
+    )
+    return out["value"], out.get("of_cost"), (out["of_a"], out["of_b"]) if wanted[1] else None
 
 
 class _Given:

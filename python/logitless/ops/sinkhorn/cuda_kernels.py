@@ -1,7 +1,7 @@
 """The kernels in CUDA C++ (csrc/cuda), float32 on an NVIDIA GPU. A module is a ``SinkhornKernels``.
 
 Like the cuda backend it only passes addresses on, and never waits for the device. Costs between points are read by
-Triton's kernel, where there is Triton, and else formed in blocks by torch.
+Triton's kernel, where there is Triton, or formed in blocks by torch and read from there, whichever is faster.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from logitless.backends import cuda, triton
 from logitless.ops.sinkhorn import torch_kernels
-from logitless.ops.sinkhorn.kernels import Cost, Dense, Probabilities, Run, Schedule
+from logitless.ops.sinkhorn.kernels import Cost, Dense, Points, Probabilities, Run, Schedule
 
 
 def half_iteration(cost: Cost, c: Tensor, epsilon: float) -> Tensor:
     if not isinstance(cost, Dense):
-        return _of_points(c).half_iteration(cost, c, epsilon)
+        return _of_points(cost, c, epsilon)
     count, n, m = cost.shape
     stored, c = cost.cost if 1 in cost.cost.stride()[1:] else cost.cost.contiguous(), c.contiguous()
     s, queue = c.new_empty((count, n)), cuda._queue(c.device)
@@ -38,9 +38,55 @@ def half_iteration(cost: Cost, c: Tensor, epsilon: float) -> Tensor:
     return s
 
 
-def _of_points(like: Tensor) -> ModuleType:
+def iterates(cost: Cost) -> bool:
+    """Rows that a block or a cluster of them can hold: of 131072 columns on an H100."""
+    if not isinstance(cost, Dense) or cost.cost.stride(2) != 1:
+        return False
+    return _iteration(cost, {}, 1.0, 1.0).parts(**_device(cost.cost)) > 0
+
+
+def iteration(cost: Dense, c: Tensor, log_a: Tensor, damping: float, epsilon: float) -> tuple[Tensor, Tensor]:
+    tensors = {"c": c.contiguous(), "log_a": log_a.contiguous()}
+    tensors |= {"s": torch.empty_like(tensors["log_a"]), "t": torch.empty_like(tensors["c"])}
+    call, queue = _iteration(cost, tensors, damping, epsilon), cuda._queue(c.device)
+    parts = call.parts(queue["device"])
+    scratch = {
+        "sums": c.new_empty((len(c), parts, c.shape[1])),
+        "exponents": c.new_empty((len(c), parts)),
+        "weighted": torch.empty_like(tensors["log_a"]),
+    }
+    cuda._kernels.iteration(**queue, call=call, parts=parts, scratch=_addresses(scratch))
+    return tensors["s"], tensors["t"]
+
+
+def _iteration(cost: Dense, tensors: dict[str, Tensor], damping: float, epsilon: float):
+    count, n, m = cost.shape
+    return cuda._kernels.Iteration(
+        tensors=_addresses(tensors | {"cost": cost.cost}),
+        strides=list(cost.cost.stride()[:2]),
+        count=count,
+        n=n,
+        m=m,
+        damping=damping,
+        epsilon=epsilon,
+    )
+
+
+def forms(points: Points) -> bool:
+    kernels = _tritons(points.x)
+    return kernels is not None and kernels.forms(points)
+
+
+def _of_points(points: Points, c: Tensor, epsilon: float) -> Tensor:
+    kernels = _tritons(c)
+    if kernels is None or kernels.deep(points):
+        return torch_kernels.half_iteration_in_blocks(half_iteration, points, c, epsilon)
+    return kernels.half_iteration(points, c, epsilon)
+
+
+def _tritons(like: Tensor) -> ModuleType | None:
     if triton.PROBLEM is not None or not triton.supports(like.device, like.dtype):
-        return torch_kernels
+        return None
     from logitless.ops.sinkhorn import triton_kernels
 
     return triton_kernels
@@ -88,6 +134,23 @@ def run_backward(
     problems = _problems(cost, tensors, schedule, annealed)
     cuda._kernels.sinkhorn_run_backward(**cuda._queue(a.device), problems=problems, given=_addresses(given))
     return found.get("of_cost"), found["of_a"], found["of_b"]
+
+
+def transport(
+    cost: Dense, a: Tensor, b: Tensor, g: Tensor, schedule: Schedule, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    tensors = {"a": a.contiguous(), "b": b.contiguous(), "g": g.contiguous()}
+    out = {"value": a.new_empty(len(a))}
+    if any(wanted):
+        out["history_f"], out["history_g"] = (x.new_empty(schedule.limit, *x.shape) for x in (a, b))
+    if wanted[0]:
+        out["of_cost"] = a.new_empty(cost.shape)
+    if wanted[1]:
+        out["of_a"], out["of_b"] = torch.empty_like(tensors["a"]), torch.empty_like(tensors["b"])
+    annealed = _annealed(schedule, a)
+    problems = _problems(cost, tensors, schedule, annealed)
+    cuda._kernels.sinkhorn_transport(**cuda._queue(a.device), problems=problems, out=_addresses(out))
+    return out["value"], out.get("of_cost"), (out["of_a"], out["of_b"]) if wanted[1] else None
 
 
 def _problems(cost: Dense, tensors: dict[str, Tensor], schedule: Schedule, annealed: Tensor):

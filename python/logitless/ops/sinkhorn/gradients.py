@@ -1,8 +1,9 @@
 """Gradients: every reading of a cost as a differentiable operation, and the implicit gradient of a converged run.
 
 * unrolled: exact for a finite run, in O(iterations (n + m)) memory. A backend that runs whole problems keeps a history
-  of its own. Otherwise the solver's loop is recorded by autograd as it stands: a half-iteration keeps two vectors (what
-  went in, what came out) and recomputes its plan in backward.
+  of its own, or none where the plan's cost is all that is asked for: then its gradient is formed with it. Otherwise
+  the solver's loop is recorded by autograd as it stands: a half-iteration keeps two vectors (what went in, what came
+  out) and recomputes its plan in backward.
 * implicit: the loop is not recorded. At a fixed point z = Phi(z) a cotangent of z becomes one of Phi's inputs by
   solving w = dz + J^T w, see :class:`FixedPoint`.
 * envelope: the potentials are constants, and the value's gradient is that of the dual, see :mod:`.result`.
@@ -25,6 +26,11 @@ def softmin(cost: Cost, c: Tensor, epsilon: float) -> Tensor:
     return _SoftMin.apply(cost.kind, epsilon, c, *cost.tensors)
 
 
+def iteration(cost: Dense, c: Tensor, log_a: Tensor, damping: float, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Both half-iterations in one reading of the cost, (s, t); see ``SinkhornKernels.iteration``."""
+    return _Iteration.apply(damping, epsilon, c, log_a, cost.cost)
+
+
 def apply_plan(cost: Cost, r: Tensor, c: Tensor, values: Tensor, epsilon: float, power: int = 0) -> Tensor:
     """sum_j E_ij C_ij^power values_jk, [B, n, k], E = exp((r + c - C) / epsilon) <= 1."""
     return _ApplyPlan.apply(cost.kind, epsilon, power, r, c, values, *cost.tensors)
@@ -38,6 +44,11 @@ def build(points: Points) -> Dense:
 def whole_run(cost: Dense, a: Tensor, b: Tensor, g: Tensor, schedule: Schedule) -> Run:
     """A run in one call of the backend, see ``SinkhornKernels.run``; f and g have its exact gradient."""
     return Run(*_WholeRun.apply(schedule, torch.is_grad_enabled(), g, a, b, cost.cost))
+
+
+def whole_transport(cost: Dense, a: Tensor, b: Tensor, g: Tensor, schedule: Schedule, lead: torch.Size) -> Tensor:
+    """<P, C> of a run and its exact gradient in one call of the backend, see ``SinkhornKernels.transport``; as lead."""
+    return _Transport.apply(schedule, torch.is_grad_enabled(), lead, g, a, b, cost.cost)
 
 
 class _SoftMin(torch.autograd.Function):
@@ -56,6 +67,28 @@ class _SoftMin(torch.autograd.Function):
             kernels.make(ctx.kind, tensors), c, s, upstream, ctx.epsilon, any(ctx.needs_input_grad[3:])
         )
         return None, None, of_c, *found
+
+
+class _Iteration(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, damping: float, epsilon: float, c: Tensor, log_a: Tensor, cost: Tensor):
+        s, t = kernels.select(c.device, c.dtype).iteration(Dense(cost), c, log_a, damping, epsilon)
+        ctx.damping, ctx.epsilon = damping, epsilon
+        ctx.save_for_backward(c, log_a, cost, s, t)
+        return s, t
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_s: Tensor, of_t: Tensor):
+        c, log_a, cost, s, t = ctx.saved_tensors
+        epsilon, wanted = ctx.epsilon, ctx.needs_input_grad[4]
+        back = kernels.select(c.device, c.dtype).half_iteration_backward
+        sent = (log_a > -torch.inf) & (s < torch.inf)
+        weighted = torch.where(sent, ctx.damping * s, 0) + epsilon * log_a
+        of_weighted, (through_t,) = back(Dense(cost.mT), weighted, t, of_t, epsilon, wanted)
+        of_s = of_s + torch.where(sent, ctx.damping * of_weighted, 0)
+        of_c, (through_s,) = back(Dense(cost), c, s, of_s, epsilon, wanted)
+        return None, None, of_c, epsilon * of_weighted, through_s.add_(through_t.mT) if wanted else None
 
 
 class _ApplyPlan(torch.autograd.Function):
@@ -104,6 +137,25 @@ class _WholeRun(torch.autograd.Function):
             Dense(cost), a, b, ctx.schedule, tuple(history), of_f, of_g, wanted
         )
         return None, None, None, of_a, of_b, of_cost
+
+
+class _Transport(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, schedule: Schedule, recorded: bool, lead: torch.Size, g: Tensor, a: Tensor, b: Tensor, cost: Tensor
+    ):
+        *_, of_a, of_b, of_cost = ctx.needs_input_grad
+        wanted = (recorded and of_cost, recorded and (of_a or of_b))
+        transport = kernels.select(a.device, a.dtype).transport
+        value, of_cost, of_weights = transport(Dense(cost), a, b, g, schedule, wanted)
+        ctx.save_for_backward(*(of_weights or (None, None)), of_cost)
+        return value.view(lead)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        found = (None if x is None else upstream.reshape(-1, *[1] * (x.dim() - 1)) * x for x in ctx.saved_tensors)
+        return None, None, None, None, *found
 
 
 class _Build(torch.autograd.Function):

@@ -124,6 +124,17 @@ class SinkhornKernels(Protocol):
 
         Returns dL/dc = -W^T upstream, [B, m], and if ``wanted`` dL/d(tensors of the cost), else Nones."""
 
+    def iterates(self, cost: Cost) -> bool:
+        """Whether ``iteration`` is there for a cost of this kind, shape, strides and type."""
+
+    def iteration(self, cost: Dense, c: Tensor, log_a: Tensor, damping: float, epsilon: float) -> tuple[Tensor, Tensor]:
+        """Both half-iterations in one reading of the cost: with s = half_iteration(cost, c),
+
+            f_i = damping s_i, 0 where log_a_i = -inf or not s_i < inf
+            t = half_iteration(cost.mT, f + epsilon log_a)
+
+        s [B, n] and t [B, m]; t_j = +inf also where c_j = -inf (such a column's potential is 0 whatever t_j is)."""
+
     def apply_plan(self, cost: Cost, r: Tensor, c: Tensor, values: Tensor, epsilon: float, power: int) -> Tensor:
         """sum_j E_ij C_ij^power values_jk, [B, n, k], for power 0 or 1."""
 
@@ -162,6 +173,19 @@ class SinkhornKernels(Protocol):
         """The exact gradient of the finite run that gave (f, g), from cotangents of those: dL/dC if ``wanted``, dL/da
         and dL/db, 0 where a weight is 0. The iterations walked are those up to the one returned; the potential that
         the run started from is a constant."""
+
+    def transport(
+        self, cost: Dense, a: Tensor, b: Tensor, g: Tensor, schedule: Schedule, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """<P, C> of a whole run, [B], and its exact gradient in one call: ``run``, the plan's cost, ``run_backward``.
+
+        P_ij = E_ij columns_j of the potentials that the run returns, as ``Problem.factors`` has it (r, c, columns;
+        columns_j is b_j exp(-g_j / rho_b), 0 where not reached; exponents above 0 count as 0), and an entry of infinite
+        cost adds 0. The gradient is that of the finite run in the cost, d value_p / d C_p [B, n, m] if wanted[0], and
+        in (a [B, n], b [B, m]) if wanted[1]; else None. For costs that ``runs``; optional."""
+
+    def forms(self, points: Points) -> bool:
+        """Whether an iteration forms this cost where it reads it, in less time than a stored one is read in."""
 
     def build(self, points: Points) -> Tensor:
         """The cost, [B, n, m]."""

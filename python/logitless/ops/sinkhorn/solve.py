@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,16 @@ from logitless.losses.checks import check_choice, check_count
 from logitless.ops.loss import check_execution
 from logitless.ops.sinkhorn import kernels
 from logitless.ops.sinkhorn.cost import PointCost, ProbabilityCost, TensorCost
-from logitless.ops.sinkhorn.gradients import FixedPoint, Linearized, apply_plan, done, softmin, whole_run
+from logitless.ops.sinkhorn.gradients import (
+    FixedPoint,
+    Linearized,
+    apply_plan,
+    done,
+    iteration,
+    softmin,
+    whole_run,
+    whole_transport,
+)
 from logitless.ops.sinkhorn.kernels import Run, Schedule
 from logitless.ops.sinkhorn.problem import Problem, Side
 from logitless.ops.sinkhorn.result import SinkhornResult
@@ -98,9 +107,7 @@ def sinkhorn(
     device, dtype = cost.tensor.device, cost.tensor.dtype
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lead, (n, m) = cost.shape[:-2], cost.shape[-2:]
-    check_number("epsilon", epsilon, above=0)
-    if epsilon < torch.finfo(dtype).tiny:
-        raise ValueError(f"epsilon: {epsilon} is not a normal number of {dtype}")
+    _check_epsilon(epsilon, dtype)
     for name, rho in (("rho_a", rho_a), ("rho_b", rho_b)):
         if rho is not None:
             check_number(name, rho, above=0)
@@ -132,10 +139,45 @@ def sinkhorn(
     start = _start(warm_start, lead, (n, m), device, dtype)
     rhos = (math.inf if rho is None else float(rho) for rho in (rho_a, rho_b))
     sides = [Side(*x) for x in zip(weights, rhos, strict=True)]
-    autocast = torch.autocast(device.type, enabled=False)
-    with autocast if torch.is_autocast_enabled(device.type) else nullcontext():
+    with _without_autocast(device):
         problem = Problem(cost.lowered(*masks, workspace_bytes), *sides, float(epsilon))
         return solve(problem, options, start, gradient, lead)
+
+
+def transport_cost(
+    cost: Tensor | PointCost | ProbabilityCost,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    epsilon: float,
+    iterations: int,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    unit: bool = False,
+    workspace: int | str = "auto",
+) -> Tensor:
+    """``sinkhorn(...).transport_cost`` of balanced problems after so many iterations, [...], with the gradient of the
+    finite run: where the backend can, both in one call. ``unit``: weights that are not given are 1 each, not 1 in all.
+    """
+    cost = cost if isinstance(cost, (PointCost, ProbabilityCost)) else TensorCost(cost)
+    device, dtype = cost.tensor.device, cost.tensor.dtype
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    lead, (n, m) = cost.shape[:-2], cost.shape[-2:]
+    _check_epsilon(epsilon, dtype)
+    check_count("iterations", iterations)
+    workspace_bytes = check_execution(-100, None, "auto", "auto", workspace) or planning.machine(device).cap
+    masks = [mask_of(*x, lead, device) for x in (("mask_a", mask_a, n), ("mask_b", mask_b, m))]
+    sides = (("a", a, n, masks[0]), ("b", b, m, masks[1]))
+    a, b = (weights_of(*x, lead, device, dtype, unit) for x in sides)
+    with _without_autocast(device):
+        lowered, g = cost.lowered(*masks, workspace_bytes), b.new_zeros(b.shape)
+        on = kernels.select(device, dtype)
+        if on.runs(lowered) and hasattr(on, "transport"):
+            schedule = Schedule(float(epsilon), (), iterations, None, (math.inf, math.inf))
+            return whole_transport(lowered, a, b, g, schedule, lead)
+        options = Options(iterations, TOLERANCE[dtype], False, "alternating", 1.0, ())
+        problem = Problem(lowered, Side(a, math.inf), Side(b, math.inf), float(epsilon))
+        return solve(problem, options, (a.new_zeros(a.shape), g), "unrolled", lead).transport_cost
 
 
 @dataclass(frozen=True)
@@ -198,6 +240,8 @@ def _loop(problem: Problem, options: Options, start: tuple[Tensor, Tensor]) -> t
     cost, a, b = problem.cost, problem.a, problem.b
     f, g = start
     symmetric, anderson = options.method == "symmetric", options.method == "anderson"
+    plain = options.method in ("alternating", "anderson")  # p is the row's potential: one reading can do for both
+    at_once = plain and kernels.select(f.device, f.dtype).iterates(cost)
     judged = options.stops or options.method in ("anderson", "over_relaxed")
     active = torch.ones(len(f), dtype=torch.bool, device=f.device)
     iterations = torch.zeros(len(f), dtype=torch.long, device=f.device)
@@ -206,10 +250,15 @@ def _loop(problem: Problem, options: Options, start: tuple[Tensor, Tensor]) -> t
     step = torch.ones_like(before[:, None])
     found, history = (f, g, g), deque(maxlen=MEMORY)
     for k, epsilon in enumerate(_schedule(problem.epsilon, options)):
-        s = softmin(cost, b.weighted(g, epsilon), epsilon)
-        row = a.potential(s, epsilon)
-        p = f if symmetric else torch.lerp(f, row, step)
-        t = softmin(cost.mT, a.weighted(p, epsilon), epsilon)
+        c = b.weighted(g, epsilon)
+        if at_once:
+            s, t = iteration(cost, c, a.log, a.damping(epsilon), epsilon)
+            p = row = a.potential(s, epsilon)
+        else:
+            s = softmin(cost, c, epsilon)
+            row = a.potential(s, epsilon)
+            p = f if symmetric else torch.lerp(f, row, step)
+            t = softmin(cost.mT, a.weighted(p, epsilon), epsilon)
         column = b.potential(t, epsilon)
         iterations += active
         if judged:
@@ -273,6 +322,18 @@ def _fixed_point(
 # ---- arguments
 
 
+def _check_epsilon(epsilon: float, dtype: torch.dtype) -> None:
+    check_number("epsilon", epsilon, above=0)
+    if epsilon < torch.finfo(dtype).tiny:
+        raise ValueError(f"epsilon: {epsilon} is not a normal number of {dtype}")
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def _annealed(annealing: object, epsilon: float, limit: int) -> tuple[float, ...]:
     """The epsilons before the last."""
     if annealing is None:
@@ -307,14 +368,15 @@ def mask_of(name: str, mask: object, size: int, lead: torch.Size, device: torch.
 
 
 def weights_of(
-    name: str, weights: object, size: int, mask: Tensor | None, lead: torch.Size, device: torch.device, dtype
-) -> Tensor:
+    name: str, weights: object, size: int, mask: Tensor | None, lead: torch.Size, device: torch.device, dtype,
+    unit: bool = False,
+) -> Tensor:  # fmt: skip
     """[B, size], 0 where there is no point."""
     if weights is None and mask is None:
-        return torch.full((lead.numel(), size), 1 / size, dtype=dtype, device=device)
+        return torch.full((lead.numel(), size), 1 if unit else 1 / size, dtype=dtype, device=device)
     if weights is None:
         live = mask.to(dtype)
-        return live / live.sum(-1, keepdim=True).clamp(min=1)
+        return live if unit else live / live.sum(-1, keepdim=True).clamp(min=1)
     check_floating(name, weights)
     weights = _expanded(name, weights, size, lead, device).to(dtype)
     if device.type == "cpu" and not (weights >= 0).all():

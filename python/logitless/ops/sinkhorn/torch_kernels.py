@@ -6,7 +6,7 @@ through ``out=``, which autocast leaves alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -38,6 +38,10 @@ def half_iteration_backward(
     return of_c, gradients
 
 
+def iterates(cost: Cost) -> bool:
+    return False
+
+
 def apply_plan(cost: Cost, r: Tensor, c: Tensor, values: Tensor, epsilon: float, power: int) -> Tensor:
     out = r.new_empty((*r.shape, values.shape[-1]))
     for problems, rows in blocks(cost):
@@ -65,6 +69,10 @@ def plan_backward(
 
 
 def runs(cost: Cost) -> bool:
+    return False
+
+
+def forms(points: Points) -> bool:
     return False
 
 
@@ -120,6 +128,14 @@ def doubly_stochastic_backward(logits: Tensor, gradient: Tensor, iterations: int
 
 
 # ---- blocks of a cost
+
+
+def half_iteration_in_blocks(of_stored: Callable[..., Tensor], points: Points, c: Tensor, epsilon: float) -> Tensor:
+    """By a half-iteration of stored costs, of blocks that are formed one by one."""
+    s = c.new_empty(points.shape[:2])
+    for problems, rows in blocks(points):
+        s[problems, rows] = of_stored(Dense(_block(points, problems, rows)), c[problems], epsilon)
+    return s
 
 
 def blocks(cost: Cost) -> Iterator[tuple[slice, slice]]:
