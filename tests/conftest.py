@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
-        skipped = [item for item in items if "slow" in item.keywords or _is_slow_case(item)]
+        skipped = [item for item in items if item.get_closest_marker("slow") or _is_slow_case(item)]
         config.hook.pytest_deselected(items=skipped)
         items[:] = [item for item in items if item not in set(skipped)]
 

@@ -85,7 +85,8 @@ def filtered(hidden, weight, teacher_hidden, teacher_weight, targets):
     stats = ll.logprobs(student, targets, entropy=True, keep=(ll.TopK(30), ll.TopP(0.95)))
     inside = stats.logprob > -torch.inf
     loss = (ll.LogProb() + ll.Entropy())(student, targets=torch.where(inside, targets, -100), keep=ll.MinP(0.01)).loss
-    return loss + stats.entropy.mean() + torch.where(inside, stats.logprob, 0).mean()
+    several = [loss, stats.entropy.mean(), torch.where(inside, stats.logprob, 0).mean()]
+    return torch.stack(several).square().sum()  # a plain sum would cancel
 
 
 def recorded(hidden, weight, teacher_hidden, teacher_weight, targets):
@@ -93,7 +94,7 @@ def recorded(hidden, weight, teacher_hidden, teacher_weight, targets):
     student = ll.LinearLogits(hidden, weight)
     stats = ll.logprobs(student, targets, keep=keep)
     loss = ll.CrossEntropy()(student, targets=targets, keep=keep).loss
-    return loss + stats.logprob.mean() + 0 * stats.argmax.sum()
+    return loss - stats.logprob.mean() + 0 * stats.argmax.sum()
 
 
 NEW = [row_function, several_temperatures, top_k, top_k_alone, filtered, recorded]
