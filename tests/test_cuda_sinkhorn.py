@@ -50,7 +50,10 @@ def use(name: str, host, monkeypatch) -> None:  # noqa: F811
 def _on_the_host(host, monkeypatch) -> Iterator[None]:  # noqa: F811
     use("large", host, monkeypatch)
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked child would wait for the others for ever
     yield
+    torch.set_num_threads(threads)
     host.drop_barrier(0)
 
 
