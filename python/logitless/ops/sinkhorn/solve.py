@@ -98,7 +98,7 @@ def sinkhorn(
             O(n + m) memory; the default otherwise. "envelope": of ``kl_value`` at the fixed point (Danskin), and in the
             cost of a balanced ``entropy_value``; one reading of the cost, and potentials and plans are constants.
         workspace: bytes. Costs between points that need more with their gradient are formed anew where they are read,
-            those of probabilities in slices.
+            on a GPU also those of a few coordinates, where that is faster; those of probabilities in slices.
 
     Raises:
         TypeError, ValueError: naming the argument, before any work.
